@@ -1,0 +1,70 @@
+"""What a host is, and the arithmetic that hosts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+State = dict[str, Any]
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Host:
+    """An optimizer's update rule.
+
+    Attributes:
+        name: as in ``SING(host=name)``.
+        defaults: the hyper-parameters that only this host has, with their defaults.
+        init_state: the host's own tensors for one parameter (without ``step``), from a working-precision parameter.
+        update: changes parameters and states in place from standardized gradients. Called with lists of equal length
+            and at least one entry, all of one device and dtype, after weight decay and after ``step`` was counted.
+        softplus: whether the host has a denominator for softplus to calibrate.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    init_state: Callable[[Tensor, Group], State]
+    update: Callable[[Tensors, Tensors, list[State], Group], None]
+    softplus: bool = True
+
+
+def column(states: Sequence[State], key: str) -> Tensors:
+    """The tensors that a list of states keeps under one key."""
+    return [state[key] for state in states]
+
+
+def bias_corrections(states: Sequence[State], beta: float) -> list[float]:
+    """``1 - beta**step`` for each state, in double precision: in float32 it alone costs 5e-6."""
+    return [1 - beta ** state["step"].item() for state in states]
+
+
+def denominators(second_moments: Tensors, corrections: Sequence[float], group: Group) -> Tensors:
+    """``√v̂`` made safe to divide by: softplus of it, or ``eps`` added to it."""
+    roots = list(torch._foreach_sqrt(second_moments))
+    torch._foreach_div_(roots, [math.sqrt(correction) for correction in corrections])
+    return calibrate(roots, group)
+
+
+def calibrate(roots: Tensors, group: Group) -> Tensors:
+    """Softplus calibration ``ln(1 + e^(βx)) / β`` of non-negative ``x`` (paper section 3.1, Tong et al. 2022).
+
+    Without softplus, ``eps`` is added instead. Changes ``roots``. Written as ``x + ln(1 + e^(-βx)) / β``, which
+    cannot overflow and has no threshold beyond which it would be replaced by ``x``.
+    """
+    beta = group["softplus_beta"]
+    if beta is None:
+        torch._foreach_add_(roots, group["eps"])
+        return roots
+    calibrated = torch._foreach_mul(roots, -beta)
+    torch._foreach_exp_(calibrated)
+    torch._foreach_log1p_(calibrated)
+    torch._foreach_div_(calibrated, beta)
+    torch._foreach_add_(calibrated, roots)
+    return list(calibrated)

@@ -1,0 +1,28 @@
+"""SGD with momentum, classical or Nesterov. It has no denominator, so softplus does not apply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sing_plugins.hosts.base import Group, Host, State, Tensors, column
+
+
+def init_state(param: Tensor, group: Group) -> State:
+    return {}
+
+
+def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -> None:
+    momentum = group["momentum"]
+    if momentum:
+        for param, state in zip(params, states, strict=True):
+            if "momentum_buffer" not in state:  # schedules may raise the momentum from 0 in mid-run
+                state["momentum_buffer"] = torch.zeros_like(param)
+        buffers = column(states, "momentum_buffer")
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+
+HOST = Host("sgd", {"momentum": 0.9, "nesterov": False}, init_state, update, softplus=False)

@@ -1,0 +1,56 @@
+"""What SING tells its users while it is set up: one logger, each line once, from one process of a job."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+logger = logging.getLogger("sing_plugins")
+
+# Learning rates that are customary for AdamW; those that the paper used for SING (2e-4, 8e-4, 5e-3 and up) are not.
+_ADAMW_FINE_TUNING = 1e-4
+_ADAMW_CUSTOMARY = (3e-4, 5e-4, 1e-3)
+
+_said: set[str] = set()
+
+
+def say(message: str, *, level: int = logging.WARNING, once: bool = False) -> None:
+    """Log one line with the prefix ``SING:``, on the job's first process only (environment variable ``RANK``).
+
+    Args:
+        message: the line.
+        level: a level of the standard library's logging.
+        once: leave the line out if this process has logged it before.
+    """
+    if os.environ.get("RANK", "0") != "0" or (once and message in _said):
+        return
+    _said.add(message)
+    logger.log(level, "SING: %s", message)
+
+
+def hint_learning_rate(lr: float, framework_default: float | None = None) -> None:
+    """Say so, once, when the learning rate is a framework's untouched default or looks like AdamW's.
+
+    Args:
+        lr: the learning rate that was asked for.
+        framework_default: what the framework takes when nothing is asked for.
+    """
+    advice = (
+        "SING usually wants about ten times AdamW's best lr (and a tenth of its weight decay): the paper used 5e-3 to "
+        "1e-1 from scratch and 2e-4 to 8e-4 for fine-tuning."
+    )
+    if framework_default is not None and lr == framework_default:
+        say(f"lr={lr:g} is the framework's default. {advice}", once=True)
+    elif 0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY:
+        say(f"lr={lr:g} looks like a learning rate of AdamW. {advice}", once=True)
+
+
+def hint_clipping(argument: str, value: float | None) -> None:
+    """Say so, once, when gradient clipping is on: normalization cancels it (paper D.1).
+
+    Args:
+        argument: the framework's name for the threshold, such as ``max_grad_norm``.
+        value: the threshold; None or 0 means no clipping.
+    """
+    if value:
+        say(f"{argument}={value:g} clips gradients, which has no effect on SING (harmless; paper D.1).", once=True)
