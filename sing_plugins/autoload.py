@@ -13,12 +13,16 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.machinery import ModuleSpec
+from threading import get_ident
 from types import ModuleType
 
 SWITCH = "SING_PLUGINS_AUTOLOAD"  # "0" switches autoload off
+TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0" switches all such entry points off
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Framework:
     Attributes:
         name: as the user knows it.
         adapter: our package, with ``patch()``, ``unpatch()`` and ``is_patched()``; patch() is called after each of
-            the ``triggers`` was imported and patches those that are in ``sys.modules``.
+            the ``triggers`` was imported or reloaded and patches those that :func:`loaded` gives.
         distributions: the distributions that provide it.
         triggers: the modules that are patched; empty where the framework has nothing to register in.
         supported: first supported version, and first unsupported one.
@@ -46,13 +50,13 @@ class Framework:
         return f">={self.supported[0]},<{self.supported[1]}"
 
     def installed(self) -> str | None:
-        """The installed version, or None."""
+        """The version at hand: what the imported package says of itself, else the installed distribution's, or None."""
+        version = getattr(sys.modules.get(self.name), "__version__", None)  # a checkout may hide the distribution
         for distribution in self.distributions:
-            try:
-                return metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
+            if not isinstance(version, str):
+                with suppress(Exception):  # not installed, or with broken metadata
+                    version = metadata.version(distribution)
+        return version if isinstance(version, str) else None
 
     def is_supported(self, version: str) -> bool:
         """Whether a version lies in the supported range."""
@@ -101,7 +105,8 @@ def install() -> None:
     try:
         if os.environ.get(SWITCH) != "0":
             for framework in FRAMEWORKS.values():
-                _watch(framework)
+                if _watch(framework):
+                    _patch(framework.name)
     except Exception as error:  # an exception here would abort `import torch`
         _warn(f"SING could not watch for frameworks: {error!r}")
 
@@ -120,13 +125,11 @@ def enable(framework: str) -> None:
         RuntimeError: its version is not supported.
     """
     chosen = _framework(framework)
-    version = chosen.installed()
-    if version is None:
-        raise ModuleNotFoundError(f"{framework} is not installed: pip install 'sing-plugins[{framework}]'")
-    if not chosen.is_supported(version):
-        raise RuntimeError(f"SING supports {framework} {chosen.range}, but {version} is installed.")
+    _check_version(chosen)
     _disabled.discard(framework)
-    _watch(chosen)
+    _problems.pop(framework, None)
+    if _watch(chosen):
+        _register(chosen)
 
 
 def disable(framework: str) -> None:
@@ -145,6 +148,16 @@ def disable(framework: str) -> None:
         adapter.unpatch()
 
 
+def loaded(name: str) -> ModuleType | None:
+    """The module of this name if it has been executed to its end, which being in ``sys.modules`` does not say.
+
+    Args:
+        name: the full name, such as ``"transformers.trainer"``.
+    """
+    module = sys.modules.get(name)
+    return None if module is None or _is_loading(module) else module
+
+
 def status() -> list[Status]:
     """For each framework: installed version, supported range, whether SING is registered, and why (not)."""
     return [_status(framework) for framework in FRAMEWORKS.values()]
@@ -155,7 +168,7 @@ def _status(framework: Framework) -> Status:
     if version is None:
         active, why = False, f"not installed: pip install 'sing-plugins[{framework.name}]'"
     elif not framework.is_supported(version):
-        active, why = False, "installed version is not supported"
+        active, why = False, "the installed version is not supported"
     elif framework.name in _disabled:
         active, why = False, "disabled by sing_plugins.disable()"
     elif framework.name in _problems:
@@ -164,8 +177,8 @@ def _status(framework: Framework) -> Status:
         active, why = True, f"no names to register: import {framework.adapter}"
     elif _is_patched(framework):
         active, why = True, "registered"
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        active, why = False, f"autoload is off ({SWITCH}=0, or the distribution is not installed)"
+    elif not set(framework.triggers) <= _pending().keys():
+        active, why = False, f"autoload is off ({SWITCH}=0, {TORCH_SWITCH}=0, or sing-plugins is not installed)"
     else:
         active, why = True, f"will be registered when {framework.name} is imported"
     return Status(framework.name, version, framework.range, active, why)
@@ -182,21 +195,44 @@ def _framework(name: str) -> Framework:
     return FRAMEWORKS[name]
 
 
-def _patch(framework: Framework) -> None:
-    """Called after a trigger was imported. Whatever goes wrong is a warning: the import must succeed."""
-    if framework.name in _disabled or framework.name in _problems:
+def _check_version(framework: Framework) -> None:
+    version = framework.installed()
+    if version is None:
+        raise ModuleNotFoundError(f"{framework.name} is not installed: pip install 'sing-plugins[{framework.name}]'")
+    if not framework.is_supported(version):
+        raise RuntimeError(f"SING supports {framework.name} {framework.range}, but {version} is installed")
+
+
+def _register(framework: Framework) -> None:
+    """Patch the framework's modules that are loaded; a patch that fails halfway is undone."""
+    _check_version(framework)
+    adapter = importlib.import_module(framework.adapter)
+    if _is_loading(adapter):  # it imports its framework, and will be asked again
+        _call_when_loaded(adapter.__spec__, partial(_patch, framework.name))
         return
     try:
-        version = framework.installed()
-        if version is not None and not framework.is_supported(version):
-            raise RuntimeError(f"version {version} is outside the supported range {framework.range}")
-        importlib.import_module(framework.adapter).patch()
+        adapter.patch()
+    except Exception:
+        adapter.unpatch()
+        raise
+
+
+def _patch(name: str) -> None:
+    """Called after a trigger was imported. Whatever goes wrong is a warning: the import must succeed."""
+    if name in _disabled or name in _problems:
+        return
+    try:
+        _register(FRAMEWORKS[name])
     except Exception as error:
-        _problems[framework.name] = f"{type(error).__name__}: {error}"
-        _warn(
-            f"SING is not registered in {framework.name}, whose optimizer names are untouched, so that a sing_… name "
-            f"is not SING: {error}. `sing-plugins status` tells more; {SWITCH}=0 silences this."
-        )
+        _give_up(name, error)
+
+
+def _give_up(name: str, error: Exception) -> None:
+    _problems[name] = f"{type(error).__name__}: {error}"
+    _warn(
+        f"SING is not registered in {name}, whose optimizer names are untouched, so that a sing_… name is not SING: "
+        f"{type(error).__name__}: {error}. `sing-plugins status` tells more; {SWITCH}=0 silences this."
+    )
 
 
 def _warn(message: str) -> None:
@@ -206,18 +242,14 @@ def _warn(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _watch(framework: Framework) -> None:
-    def patch() -> None:
-        _patch(framework)
-
+def _watch(framework: Framework) -> bool:
+    """Wait for the framework's triggers; whether one of them has been loaded already."""
     for trigger in framework.triggers:
+        _watcher().pending[trigger] = framework.name
         module = sys.modules.get(trigger)
-        if module is None:
-            _watcher().pending.setdefault(trigger, patch)
-        elif module.__spec__ is not None and getattr(module.__spec__, "_initializing", False):
-            _call_when_loaded(module.__spec__, patch)  # it is importing torch at this very moment
-        else:
-            patch()
+        if module is not None and _is_loading(module):  # it is importing torch at this very moment
+            _call_when_loaded(module.__spec__, partial(_patch, framework.name))
+    return any(loaded(trigger) for trigger in framework.triggers)
 
 
 def _watcher() -> _Watcher:
@@ -229,24 +261,41 @@ def _watcher() -> _Watcher:
     return watcher
 
 
+def _pending() -> dict[str, str]:
+    return next((finder.pending for finder in sys.meta_path if isinstance(finder, _Watcher)), {})
+
+
 class _Watcher:
-    """A finder that finds nothing by itself: it marks the specs of the modules that are waited for."""
+    """A finder that finds nothing by itself: it marks the specs of the modules that are waited for.
+
+    Attributes:
+        pending: trigger → the framework's name. A trigger stays in it, since a module can be imported again.
+    """
 
     def __init__(self) -> None:
-        self.pending: dict[str, Callable[[], None]] = {}
+        self.pending: dict[str, str] = {}
+        self._searches: set[tuple[int, str]] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.pending:
+        search = (get_ident(), fullname)
+        if fullname not in self.pending or search in self._searches:  # other finders delegate like this one
             return None
-        for finder in sys.meta_path:
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    _call_when_loaded(spec, self.pending[fullname])
-                    return spec
-        return None
+        self._searches.add(search)
+        try:
+            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            found = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec = next((spec for spec in found if spec is not None), None)
+        finally:
+            self._searches.discard(search)
+        if spec is not None:
+            name = self.pending[fullname]
+            try:
+                (_call_when_loaded if target is None else _call_when_reloaded)(spec, partial(_patch, name))
+            except Exception as error:  # a spec of somebody else's making
+                _give_up(name, error)
+        return spec
 
 
 class _WatchedSpec(ModuleSpec):
@@ -256,7 +305,7 @@ class _WatchedSpec(ModuleSpec):
     loader. That is also the only sign that a module gives whose execution had begun before it was watched.
     """
 
-    on_loaded: Callable[[], None]
+    on_loaded: Callable[[], None] | None = None
 
     @property
     def _initializing(self) -> bool:
@@ -264,15 +313,38 @@ class _WatchedSpec(ModuleSpec):
 
     @_initializing.setter
     def _initializing(self, value: bool) -> None:
-        was_loading = self._initializing
+        on_loaded = self.on_loaded
+        if self._initializing and not value and on_loaded is not None:
+            self.on_loaded = None
+            if self.name in sys.modules:  # a module that failed to load is gone by now
+                on_loaded()  # before the flag falls: other threads wait for it
         self.__dict__["_initializing"] = value
-        if was_loading and not value and self.name in sys.modules:  # a module that failed to load is gone by now
-            self.on_loaded()
 
 
-def _call_when_loaded(spec: ModuleSpec, on_loaded: Callable[[], None]) -> None:
-    spec.__class__ = _WatchedSpec
-    spec.on_loaded = on_loaded  # type: ignore[attr-defined]
+def _is_loading(module: ModuleType) -> bool:
+    spec = getattr(module, "__spec__", None)
+    if isinstance(spec, _WatchedSpec) and spec.on_loaded is None:
+        return False
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _call_when_loaded(spec: ModuleSpec | None, on_loaded: Callable[[], None]) -> None:
+    if spec is not None:
+        spec.__class__ = _WatchedSpec
+        spec.on_loaded = on_loaded  # type: ignore[attr-defined]
+
+
+def _call_when_reloaded(spec: ModuleSpec, on_loaded: Callable[[], None]) -> None:
+    """As above for importlib.reload, which executes the module anew and leaves ``_initializing`` alone."""
+    loader = spec.loader
+    execute = loader.exec_module  # type: ignore[union-attr]
+
+    def execute_and_call(module: ModuleType) -> None:
+        del loader.exec_module  # type: ignore[union-attr]
+        execute(module)
+        on_loaded()
+
+    loader.exec_module = execute_and_call  # type: ignore[union-attr, method-assign]
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -266,8 +266,8 @@ def lookahead_merge(params: list[Tensor], slow: list[Tensor], alpha: float) -> N
 
 
 def _batches(group: ParamGroup) -> Iterator[list[Tensor]]:
-    """The group's parameters that have a gradient, in lists that one multi-tensor call can take."""
-    params = [param for param in group["params"] if param.grad is not None]
+    """The group's parameters that have a gradient with entries, in lists that one multi-tensor call can take."""
+    params = [param for param in group["params"] if param.grad is not None and param.numel()]
     batches: dict[object, list[Tensor]] = {}
     for position, param in enumerate(params):
         foreach = group["foreach"]

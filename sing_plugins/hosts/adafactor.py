@@ -26,7 +26,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
     for param, grad, state in zip(params, grads, states, strict=True):
         decay = state["step"].item() ** -group["decay_rate"]
         change = grad / _denominator(grad.square() + EPS_SQUARE, decay, state, group)
-        rms = norm(change) / max(change.numel(), 1) ** 0.5
+        rms = norm(change) / change.numel() ** 0.5
         change.mul_(group["lr"] / (rms / group["clip_threshold"]).clamp_(min=1.0))
         if group["momentum"]:
             if "exp_avg" not in state:

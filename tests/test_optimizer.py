@@ -1,0 +1,375 @@
+"""SING as a torch optimizer: inputs, errors, state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import gradients, parameters, set_gradients
+from torch import Tensor, nn
+
+from sing_plugins import SING
+from sing_plugins.hosts import HOSTS
+
+PUBLISHED = Path(__file__).parent / "data" / "published_sing_step7.pt"
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
+    for step_grads in grads:
+        set_gradients(params, step_grads)
+        optimizer.step()
+
+
+def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_not_changed_and_not_kept() -> None:
+    params = parameters()
+    optimizer = SING(params, centralize=False, normalize=False)
+    grads = next(gradients(1))
+    set_gradients(params, grads)
+    optimizer.step()
+    assert all(torch.equal(param.grad, grad) for param, grad in zip(params, grads, strict=True))
+    kept = {value.data_ptr() for state in optimizer.state.values() for value in state.values() if value.numel()}
+    assert not kept & {param.grad.data_ptr() for param in params if param.numel()}
+
+
+def test_state_is_made_at_the_first_step_only_and_for_parameters_with_a_gradient_only() -> None:
+    params = parameters()
+    optimizer = SING(params)
+    assert not optimizer.state
+    params[2].grad = torch.ones_like(params[2])
+    optimizer.step()
+    assert list(optimizer.state) == [params[2]]
+
+
+def test_generator_of_parameters_is_read_once() -> None:
+    reads = []
+
+    def generate() -> Iterator[nn.Parameter]:
+        for param in parameters():
+            reads.append(param)
+            yield param
+
+    optimizer = SING(generate())
+    assert optimizer.param_groups[0]["params"] == reads
+
+
+def test_named_parameters_and_late_groups_with_their_own_options_are_taken() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = SING(model[0].named_parameters(), lr=0.1)
+    late = {"params": list(model[1].named_parameters()), "lr": 0.0, "lookahead_k": None}
+    optimizer.add_param_group(late)
+    assert optimizer.param_groups[1]["param_names"] == ["weight", "bias"]
+    before = copy.deepcopy(model)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[1].weight, before[1].weight)
+    assert "lookahead_params" not in optimizer.state[model[1].weight]
+
+
+def test_parameter_without_gradient_keeps_its_place_in_the_cycle() -> None:
+    """Its slow weights are merged only at a step at which it has a gradient, as in the published optimizer."""
+    param, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = SING([param, other], lr=0.1, lookahead_k=2)
+    for step in range(4):
+        param.grad = None if step == 1 else torch.ones(3)
+        other.grad = torch.ones(3)
+        optimizer.step()
+        if step == 1:
+            assert torch.equal(optimizer.state[param]["lookahead_params"], torch.zeros(3))
+    assert torch.equal(optimizer.state[param]["lookahead_params"], param)
+
+
+def test_closure_is_called_once_with_gradients_enabled_and_its_loss_is_returned() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = SING([param])
+    calls = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    assert optimizer.step(closure) is calls[0]
+    assert len(calls) == 1
+    assert not torch.equal(param, torch.ones(3))
+
+
+def test_tensor_learning_rate_equals_the_same_number() -> None:
+    results = []
+    for lr in (0.05, torch.tensor(0.05, dtype=torch.float64)):
+        params = parameters()
+        train(SING(params, lr=lr, weight_decay=0.1), params, list(gradients(6)))
+        results.append(params)
+    assert_same(*results)
+
+
+def test_maximize_goes_the_opposite_way() -> None:
+    down, up = parameters(), parameters()
+    down_optimizer, up_optimizer = SING(down), SING(up, maximize=True)
+    for grads in gradients(6):
+        set_gradients(down, grads)
+        set_gradients(up, [-grad for grad in grads])
+        down_optimizer.step()
+        up_optimizer.step()
+    assert_same(down, up)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_zero_gradients_change_nothing(host: str) -> None:
+    for softplus_beta in (50.0, None):
+        options = {} if host == "sgd" else {"softplus_beta": softplus_beta}
+        params = parameters(torch.float32)
+        before = [param.detach().clone() for param in params]
+        optimizer = SING(params, lr=0.1, host=host, **options)
+        train(optimizer, params, [[torch.zeros_like(param) for param in params]] * 7)
+        assert_same(params, before)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_memory_layout_does_not_matter(host: str) -> None:
+    weight = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    layouts = [
+        weight.clone(),
+        weight.clone(memory_format=torch.channels_last),
+        weight.repeat_interleave(2, dim=3)[..., ::2],
+    ]
+    params = [nn.Parameter(layout) for layout in layouts]
+    assert [param.is_contiguous() for param in params] == [True, False, False]
+    optimizer = SING(params, lr=0.1, host=host)
+    for _ in range(7):
+        grad = torch.randn_like(weight)
+        for param, layout in zip(
+            params, (torch.contiguous_format, torch.channels_last, torch.contiguous_format), strict=True
+        ):
+            param.grad = grad.clone(memory_format=layout)
+        optimizer.step()
+    for param in params[1:]:
+        torch.testing.assert_close(param, params[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("host", HOSTS)
+def test_low_precision_parameters_are_updated_in_float32(host: str, dtype: torch.dtype) -> None:
+    """They are the float32 trajectory, rounded once a step."""
+    low = parameters(dtype)
+    optimizer = SING(low, lr=1e-3, host=host, lookahead_k=None)
+    for grads in gradients(6, dtype):
+        exact = [nn.Parameter(param.detach().float()) for param in low]
+        exact_optimizer = SING(exact, lr=1e-3, host=host, lookahead_k=None)
+        for param, twin in zip(low, exact, strict=True):
+            exact_optimizer.state[twin] = copy.deepcopy(optimizer.state[param]) if param in optimizer.state else {}
+        set_gradients(low, grads)
+        set_gradients(exact, [grad.float() for grad in grads])
+        optimizer.step()
+        exact_optimizer.step()
+        assert_same(low, [param.detach().to(dtype) for param in exact])
+    assert all(value.dtype == torch.float32 for state in optimizer.state.values() for value in state.values())
+
+
+def test_gradient_scaler_skips_and_unscales_as_for_any_optimizer() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = SING([param], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((param * torch.tensor([1.0, float("inf"), 1.0])).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param, torch.ones(3))
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -0.1}, "Invalid lr: -0.1"),
+    ({"lr": float("nan")}, "Invalid lr: nan"),
+    ({"lr": True}, "Invalid lr: True"),
+    ({"lr": torch.tensor([0.1])}, r"Invalid lr: 'a tensor of shape \(1,\)'"),
+    ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+    ({"betas": (1.0, 0.9)}, r"Invalid betas: \(1.0, 0.9\)"),
+    ({"betas": (0.9, 0.9, 0.9)}, "two numbers in"),
+    ({"betas": 0.9}, "Invalid betas: 0.9"),
+    ({"eps": 0.0}, "Invalid eps: 0.0"),
+    ({"weight_decay": -1}, "Invalid weight_decay: -1"),
+    ({"host": "adam"}, "Invalid host: 'adam'. Accepted: adamw, adabelief, adafactor, sgd"),
+    ({"host": "sgd", "momentum": 1.0}, "Invalid momentum: 1.0"),
+    ({"host": "sgd", "momentum": 0.0, "nesterov": True}, "Invalid nesterov: True with momentum 0"),
+    ({"host": "sgd", "betas": (0.9, 0.9)}, "The host 'sgd' has no betas"),
+    ({"host": "sgd", "softplus_beta": 20.0}, "Invalid softplus_beta: 20.0. The host 'sgd'"),
+    ({"momentum": 0.9}, r"The host 'adamw' has no momentum \(adafactor, sgd have it\)"),
+    ({"host": "adafactor", "decay_rate": -0.8}, "Invalid decay_rate: -0.8"),
+    ({"host": "adafactor", "clip_threshold": 0}, "Invalid clip_threshold: 0"),
+    ({"softplus_beta": 0}, "Invalid softplus_beta: 0"),
+    ({"lookahead_k": 0}, "Invalid lookahead_k: 0"),
+    ({"lookahead_k": 2.5}, "Invalid lookahead_k: 2.5"),
+    ({"lookahead_alpha": 0.0}, "Invalid lookahead_alpha: 0.0"),
+    ({"lookahead_alpha": 1.5}, "Invalid lookahead_alpha: 1.5"),
+    ({"centralize": "False"}, "Invalid centralize: 'False'"),
+    ({"normalize": 1}, "Invalid normalize: 1"),
+    ({"foreach": "yes"}, "Invalid foreach: 'yes'"),
+    ({"maximize": None}, "Invalid maximize: None"),
+    ({"decay_all": 1}, "Invalid decay_all: 1"),
+    ({"centralize_rows_of_one": 1}, "Invalid centralize_rows_of_one: 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), INVALID, ids=str)
+def test_invalid_options_name_the_argument_and_its_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SING(parameters(), **options)
+
+
+def test_invalid_group_is_refused_before_anything_changes() -> None:
+    optimizer = SING(parameters())
+    for group in ({"lr": -1.0}, {"host": "sgd"}, {"lookahead_k": "5"}):
+        with pytest.raises(ValueError, match=re.escape(str(next(iter(group.values()))))):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **group})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="weight_decy"):
+        SING(parameters(), weight_decy=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_sparse_and_complex_gradients_are_refused_before_any_parameter_changes(kind: str) -> None:
+    fine = nn.Parameter(torch.ones(3))
+    if kind == "sparse":
+        bad = nn.Embedding(4, 3, sparse=True)
+        bad(torch.tensor([1])).sum().backward()
+        param = bad.weight
+    else:
+        param = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        param.grad = torch.ones_like(param)
+    fine.grad = torch.ones(3)
+    optimizer = SING([fine, param])
+    with pytest.raises(RuntimeError, match=f"does not support {kind} gradients"):
+        optimizer.step()
+    assert torch.equal(fine, torch.ones(3))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameters_replaced_by_a_flat_partition_are_refused(count: int) -> None:
+    """What DeepSpeed ZeRO-1 and ZeRO-2 do to a group, without leaving any mark."""
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))][:count]
+    optimizer = SING(params)
+    flat = nn.Parameter(torch.ones(6))
+    flat.grad = torch.ones(6)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="SING needs whole tensors"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(6))
+
+
+def test_parameters_marked_by_zero_3_are_refused() -> None:
+    param = nn.Parameter(torch.empty(0))
+    param.ds_id = 0  # type: ignore[attr-defined]
+    param.grad = torch.empty(0)
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO-3"):
+        SING([param]).step()
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("host", HOSTS)
+def test_resume_is_exact_at_every_phase_of_the_lookahead_cycle(host: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    grads = list(gradients(17, dtype))
+    whole = parameters(dtype)
+    train(SING(whole, lr=0.05, weight_decay=0.1, host=host), whole, grads)
+    for stop in range(1, 12):
+        params = parameters(dtype)
+        optimizer = SING(params, lr=0.05, weight_decay=0.1, host=host)
+        train(optimizer, params, grads[:stop])
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+
+        resumed_params = [nn.Parameter(param.detach().clone()) for param in params]
+        resumed = SING(resumed_params, lr=0.05, weight_decay=0.1, host=host)
+        resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+        train(resumed, resumed_params, grads[stop:])
+        assert_same(resumed_params, whole)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_continue_the_same_trajectory(copier: Any) -> None:
+    params, grads = parameters(), list(gradients(12))
+    optimizer = SING(params, lr=0.05)
+    train(optimizer, params, grads[:7])
+    twin = copier(optimizer)
+    train(optimizer, params, grads[7:])
+    train(twin, twin.param_groups[0]["params"], grads[7:])
+    assert_same(params, twin.param_groups[0]["params"])
+
+
+def test_state_dict_of_the_published_optimizer_continues_its_trajectory() -> None:
+    """The file was written by the optimizer published with the paper, 7 steps into a run of two groups.
+
+    It ran with float64 as the default dtype, since it takes the bias corrections from a tensor of the default dtype.
+    What remains is torch's softplus, which becomes the identity above βx = 20: an error below 1e-10.
+    """
+    published = torch.load(PUBLISHED, weights_only=True)
+    params = [nn.Parameter(param) for param in published["params"]]
+    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.load_state_dict(published["state_dict"])
+    assert [group["lookahead_step"] for group in optimizer.param_groups] == [2, 2]
+    for grads, expected in zip(published["grads"], published["trajectory"], strict=True):
+        set_gradients(params, grads)
+        optimizer.step()
+        for param, value in zip(params, expected, strict=True):
+            torch.testing.assert_close(param.detach(), value, rtol=1e-8, atol=1e-10)
+    optimizer.load_state_dict(optimizer.state_dict())  # from here on it is ours
+
+
+def test_published_state_dict_keeps_its_switches() -> None:
+    published = torch.load(PUBLISHED, weights_only=True)["state_dict"]
+    published["param_groups"][0].update(softplus=False, lookahead_active=False, grad_norm=False)
+    optimizer = SING([{"params": parameters()[:2]}, {"params": parameters()[2:5]}])
+    optimizer.load_state_dict(published)
+    group = optimizer.param_groups[0]
+    assert (group["softplus_beta"], group["lookahead_k"], group["normalize"]) == (None, None, False)
+    assert optimizer.param_groups[1]["softplus_beta"] == 50.0
+
+
+def test_state_dict_of_another_host_is_refused_unchanged() -> None:
+    params = parameters()
+    optimizer = SING(params, host="sgd")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="saved with host='adamw'"):
+        optimizer.load_state_dict(SING(parameters()).state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_lookahead_can_be_switched_on_in_mid_run() -> None:
+    params = parameters()
+    optimizer = SING(params, lookahead_k=None)
+    grads = list(gradients(8))
+    train(optimizer, params, grads[:3])
+    optimizer.param_groups[0]["lookahead_k"] = 2
+    train(optimizer, params, grads[3:5])
+    assert all("lookahead_params" in state for state in optimizer.state.values())
+
+
+def test_momentum_schedule_may_start_at_zero() -> None:
+    params = parameters()
+    optimizer = SING(params, host="sgd", momentum=0.0)
+    grads = list(gradients(2))
+    train(optimizer, params, grads[:1])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(optimizer, params, grads[1:])
+    assert all("momentum_buffer" in state for state in optimizer.state.values())
