@@ -70,7 +70,7 @@ FRAMEWORKS: dict[str, Framework] = {
             "transformers",
             "sing_transformers",
             ("transformers",),
-            ("transformers.training_args", "transformers.trainer_optimizer", "transformers.trainer"),
+            ("transformers.training_args", "transformers.trainer"),
             ("4.57", "6"),
         ),
         Framework("timm", "sing_timm", ("timm",), ("timm.optim._optim_factory",), ("1.0.12", "2")),
@@ -213,7 +213,8 @@ def _register(framework: Framework) -> None:
     try:
         adapter.patch()
     except Exception:
-        adapter.unpatch()
+        with suppress(Exception):
+            adapter.unpatch()
         raise
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sing_plugins import autoload
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = commands.add_parser("groups", help="tell which parameters of a model are frozen, decayed, not decayed")
     model = groups.add_mutually_exclusive_group(required=True)
     model.add_argument("--timm", metavar="MODEL", help="a model name of timm's, such as resnet18")
-    model.add_argument("--transformers", metavar="MODEL", help="a folder or file with a config, or a model type: bert")
+    model.add_argument("--transformers", metavar="MODEL", help="a folder or a file with a config, or a type: bert")
     groups.add_argument("--freeze", default="layernorm", help="layernorm (default), norm or none")
     groups.add_argument("--weight-decay", type=float, default=0.05, help="default: %(default)s")
     groups.set_defaults(run=_groups)
@@ -43,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = parser.parse_args(arguments)
     try:
-        for row in chosen.run(chosen):
-            print(row)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
+        rows = chosen.run(chosen)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(rows))
     return 0
 
 
@@ -64,16 +63,15 @@ def _status(chosen: argparse.Namespace) -> list[str]:
 def _names(_: argparse.Namespace) -> list[str]:
     from sing_plugins.names import valid_names
 
-    return [*valid_names(), "", "In timm and in Transformers also sing_<name> for each of their own that can be wrapped."]
+    return [*valid_names(), "", "In each framework also sing_<name> for its own optimizers that can be wrapped."]
 
 
 def _groups(chosen: argparse.Namespace) -> list[str]:
     from sing_plugins.groups import exempt_from_decay, freeze_parameters
 
-    model = _timm_model(chosen.timm) if chosen.timm else _transformers_model(chosen.transformers)
-    skip: Any = getattr(model, "no_weight_decay", None)
+    model, skipped = _from_timm(chosen.timm) if chosen.timm else _from_transformers(chosen.transformers)
     frozen = set(freeze_parameters(model, chosen.freeze))
-    exempt = set(exempt_from_decay(model, skip() if callable(skip) else ()))
+    exempt = set(exempt_from_decay(model, skipped))
     rows, counts = [], dict.fromkeys(("frozen", "decayed", "not decayed"), (0, 0))
     for name, parameter in model.named_parameters():
         group = "frozen" if name in frozen else "not decayed" if name in exempt else "decayed"
@@ -84,29 +82,40 @@ def _groups(chosen: argparse.Namespace) -> list[str]:
     return [*_table(("parameter", "shape", "group", "weight_decay"), *rows), "", *summary]
 
 
-def _timm_model(name: str) -> nn.Module:
+def _from_timm(name: str) -> tuple[nn.Module, set[str]]:
+    """A model with random weights, and the names of the parameters that timm exempts from weight decay."""
     import timm
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
     if not timm.is_model(name):
         raise ValueError(f"Invalid --timm: {name!r}. It is no model name of timm {timm.__version__}.")
-    model: nn.Module = timm.create_model(name)
-    return model
+    model: Any = timm.create_model(name)
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=skip)
+    skipped = {parameter for group in groups if group["weight_decay"] == 0.0 for parameter in group["params"]}
+    return model, {name for name, parameter in model.named_parameters() if parameter in skipped}
 
 
-def _transformers_model(where: str) -> nn.Module:
-    """A model with random weights: nothing is downloaded."""
+def _from_transformers(where: str) -> tuple[nn.Module, set[str]]:
+    """As above for Transformers; of the class that the config names. Nothing is downloaded."""
     import torch
     import transformers
 
-    if Path(where).exists():
-        config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
-    elif where in transformers.CONFIG_MAPPING:
+    if where in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[where]()
     else:
-        raise ValueError(f"Invalid --transformers: {where!r}. Expected a folder, a config file, or a type as in bert.")
+        try:
+            config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Invalid --transformers: {where!r}. Expected a folder with a config.json, a config file, a model that "
+                "the hub's cache holds, or a model type such as bert."
+            ) from error
+    build: Any = getattr(transformers, (config.architectures or ("",))[0], transformers.AutoModel.from_config)
     with torch.device("meta"):
-        model: nn.Module = transformers.AutoModel.from_config(config)
-    return model
+        model: nn.Module = build(config)
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    return model, {name for name, _ in model.named_parameters()} - set(decayed)
 
 
 def _table(*rows: Sequence[str]) -> list[str]:

@@ -63,32 +63,36 @@ def freeze_parameters(model: nn.Module, freeze: str) -> list[str]:
     return list(chosen)
 
 
-def exempt_from_decay(model: nn.Module, no_weight_decay: Collection[str] = ()) -> list[str]:
+def exempt_from_decay(model: nn.Module, no_weight_decay: Collection[str] = (), *, decay_all: bool = False) -> list[str]:
     """Names of the trainable parameters that get no weight decay: biases, normalization layers, and the names given.
 
     Args:
         model: the model.
         no_weight_decay: further parameter names, such as timm's ``model.no_weight_decay()``.
+        decay_all: the names given are the only ones.
     """
     return [
         name
         for name, owner, parameter in _owned_parameters(model)
         if parameter.requires_grad
-        and (name in no_weight_decay or _BIAS.search(_leaf(name)) or _is_frozen(name, owner, parameter, "norm"))
+        and (
+            name in no_weight_decay
+            or (not decay_all and (_BIAS.search(_leaf(name)) or _is_frozen(name, owner, parameter, "norm")))
+        )
     ]
 
 
 def split_decay(
-    model: nn.Module, groups: Iterable[ParamGroup], no_weight_decay: Collection[str] = ()
+    model: nn.Module, groups: Iterable[ParamGroup], no_weight_decay: Collection[str] = (), *, decay_all: bool = False
 ) -> list[ParamGroup]:
     """Param groups in which the exempt parameters of a decaying group have a group of their own without decay.
 
     Args:
         model: the model that the groups' parameters belong to.
         groups: param groups; all but ``params`` and ``weight_decay`` is kept, empty groups are dropped.
-        no_weight_decay: as in :func:`exempt_from_decay`.
+        no_weight_decay, decay_all: as in :func:`exempt_from_decay`.
     """
-    exempt_names = set(exempt_from_decay(model, no_weight_decay))
+    exempt_names = set(exempt_from_decay(model, no_weight_decay, decay_all=decay_all))
     exempt = {parameter for name, parameter in model.named_parameters() if name in exempt_names}
     split: list[ParamGroup] = []
     for group in groups:
@@ -110,6 +114,7 @@ def param_groups(
     freeze: str = DEFAULT_FREEZE,
     *,
     no_weight_decay: Collection[str] = (),
+    decay_all: bool = False,
 ) -> list[ParamGroup]:
     """Freeze the chosen normalization layers, then group what is left by weight decay; logs one line about both.
 
@@ -118,6 +123,8 @@ def param_groups(
         weight_decay: of the parameters that are neither biases nor in a normalization layer. Default 0.
         freeze: as in :func:`freeze_parameters`. Default ``"layernorm"``, as the paper advises (5.3, 5.4).
         no_weight_decay: names of further parameters that are not decayed.
+        decay_all: decay biases and normalization layers too. :class:`sing_plugins.SING` still passes over tensors of
+            zero and one dimension unless it has ``decay_all`` as well. Default False.
 
     Returns:
         Up to two param groups with ``params`` and ``weight_decay``: decayed, not decayed. Every trainable parameter
@@ -130,7 +137,9 @@ def param_groups(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("Invalid model: it has no parameter with requires_grad=True.")
-    groups = split_decay(model, [{"params": trainable, "weight_decay": weight_decay}], no_weight_decay)
+    groups = split_decay(
+        model, [{"params": trainable, "weight_decay": weight_decay}], no_weight_decay, decay_all=decay_all
+    )
     log_groups(freeze, frozen, groups)
     return groups
 
@@ -166,13 +175,13 @@ def _is_frozen(name: str, owner: nn.Module, parameter: nn.Parameter, freeze: str
         return False
     bare = _leaf(name) in _BARE_LAYER_SCALE and _is_gain(parameter)
     if freeze == "layernorm":
-        return bare or isinstance(owner, _LAYER_NORM_TYPES) or _named(owner, _LAYER_NORM_CLASS, parameter)
-    return bare or isinstance(owner, _NORM_TYPES) or _named(owner, _NORM_CLASS, parameter)
+        return bare or isinstance(owner, _LAYER_NORM_TYPES) or _named(owner, _LAYER_NORM_CLASS)
+    return bare or isinstance(owner, _NORM_TYPES) or _named(owner, _NORM_CLASS)
 
 
-def _named(owner: nn.Module, pattern: re.Pattern[str], parameter: nn.Parameter) -> bool:
-    # Classes such as NormalizedLinear or a normalized attention have "norm" in their name, but matrices in them.
-    return bool(pattern.search(type(owner).__name__)) and _is_gain(parameter)
+def _named(owner: nn.Module, pattern: re.Pattern[str]) -> bool:
+    # A NormedLinear or a normalized attention has "norm" in its name too, but a matrix in it.
+    return bool(pattern.search(type(owner).__name__)) and all(map(_is_gain, owner.parameters(recurse=False)))
 
 
 def _is_gain(parameter: nn.Parameter) -> bool:

@@ -153,7 +153,7 @@ class Named:
     factory: HostFactory | None = None
 
     def parsers(self) -> dict[str, Callable[[object], Any]]:
-        """Every option that is valid for this name, with its parser; ``freeze`` is one of them."""
+        """Every option that is valid for this name, with its parser; ``freeze`` and ``decay_all`` are among them."""
         if self.factory is None:
             foreign = set(HOST_OPTIONS) - set(HOSTS[self.host].defaults)
             valid = [name for name in _SING_OPTIONS if name not in foreign]
@@ -165,7 +165,7 @@ class Named:
             for name, parameter in inspect.signature(self.factory).parameters.items()
             if name != "params" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
-        return {**host_parsers, **{name: PARSERS[name] for name in (*_WRAP_OPTIONS, "freeze")}}
+        return {**host_parsers, **{name: PARSERS[name] for name in (*_WRAP_OPTIONS, "freeze", "decay_all")}}
 
     def parse(self, options: Mapping[str, object]) -> dict[str, Any]:
         """Type the options, from strings or Python values.
@@ -198,6 +198,7 @@ class Named:
         if self.factory is None:
             return SING(params, host=self.host, **options)
         ours = {name: options.pop(name) for name in _WRAP_OPTIONS if name in options}
+        options.pop("decay_all", None)  # a host decays whatever its groups say
         return wrap(self.factory(params, **options), **ours)
 
 
@@ -247,6 +248,7 @@ def create_optimizer(
     no_weight_decay: Collection[str] = (),
     groups: Iterable[ParamGroup] | None = None,
     hosts: Mapping[str, HostFactory] | None = None,
+    framework_lr: float | None = None,
     **options: Any,
 ) -> Optimizer:
     """Freeze, group and build: the whole of an adapter's work, for any training loop.
@@ -263,26 +265,33 @@ def create_optimizer(
         groups: param groups that a framework has made; what got frozen is taken out of them and the decay rules are
             applied to them. None: all trainable parameters.
         hosts: the framework's own hosts.
-        options: the optimizer's options, as Python values or strings.
+        framework_lr: the learning rate that the framework takes when none is asked for, so that a hint can name it.
+        options: the optimizer's options, as Python values or strings. ``decay_all=True`` lets weight decay reach biases
+            and normalization layers too, for every name.
 
     Raises:
         ValueError: an unknown name or option, a bad value, or as :func:`sing_plugins.param_groups`.
     """
     named = resolve(name, hosts)
-    options.update({} if lr is None else {"lr": lr}, weight_decay=weight_decay, freeze=freeze)
+    options.update({} if lr is None else {"lr": lr}, freeze=freeze)
+    if weight_decay or "weight_decay" in named.parsers():  # a host without decay takes a decay of 0
+        options["weight_decay"] = weight_decay
     typed = named.parse(options)
-    freeze = typed.pop("freeze")
+    freeze, decay_all = typed.pop("freeze"), typed.get("decay_all", False)
     named.build([nn.Parameter(torch.zeros(1, 1))], **typed)  # raises here, before the model is touched
     if groups is None:
-        groups = param_groups(model, typed["weight_decay"], freeze, no_weight_decay=no_weight_decay)
+        groups = param_groups(
+            model, typed.get("weight_decay", 0.0), freeze, no_weight_decay=no_weight_decay, decay_all=decay_all
+        )
     else:
         groups = list(groups)
         frozen = freeze_parameters(model, freeze)
         trainable = ({**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups)
-        groups = split_decay(model, trainable, no_weight_decay)
+        groups = split_decay(model, trainable, no_weight_decay, decay_all=decay_all)
         log_groups(freeze, frozen, groups)
     optimizer = named.build(groups, **typed)
-    hint_learning_rate(float(optimizer.defaults["lr"]))
+    if optimizer.defaults["lr"] is not None:  # timm's Adafactor finds its own
+        hint_learning_rate(float(optimizer.defaults["lr"]), framework_lr)
     return optimizer
 
 

@@ -105,6 +105,7 @@ class SING(WholeTensors, Optimizer):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
+            "differentiable": False,  # unpickling a torch optimizer adds it to the defaults
             "host": host,
             "centralize": centralize,
             "normalize": normalize,

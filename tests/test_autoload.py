@@ -1,0 +1,344 @@
+"""Autoload: SING is registered when a framework is imported, at next to no cost, and never in anybody's way.
+
+The machinery needs the standard library only. It is tested with a tiny framework of our own making on disk, in every
+supported Python that is found on this machine; what depends on torch and on the real frameworks follows below.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sing_plugins
+
+ROOT = Path(sing_plugins.__file__).parents[1]
+
+
+def run(code: str, *flags: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter outside of the checkout; it must succeed."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SING_", "PYTHON", "TORCH_"))}
+    done = subprocess.run(
+        [python, *flags, "-c", code], capture_output=True, text=True, cwd="/", env={**ours, **environment}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ------------------------------------------------------------------------------ the machinery, with no torch in sight
+
+FILES = {
+    "frame-1.5.dist-info/METADATA": "Metadata-Version: 2.1\nName: frame\nVersion: 1.5\n",
+    "frame/__init__.py": "__version__ = '1.5'\n",
+    # What a framework offers, and a trigger. Its names are read long after its first line.
+    "frame/names.py": "import time\ntime.sleep(0.05)\nNAMES = ['adamw']\n",
+    # A trigger that imports something like torch, which calls the entry point, before it has any names.
+    "frame/early.py": "from sing_plugins import autoload\nautoload.install()\nNAMES = ['adamw']\n",
+    # A trigger whose first import fails.
+    "frame/fails.py": "import builtins\nbuiltins.tries = getattr(builtins, 'tries', 0) + 1\n"
+    "if builtins.tries == 1:\n    raise OSError('not today')\nNAMES = ['adamw']\n",
+    "adapter.py": """
+from sing_plugins.autoload import loaded
+
+def patch():
+    for module in _modules():
+        if "sing" not in module.NAMES:
+            module.NAMES.append("sing")
+
+def unpatch():
+    for module in _modules():
+        if "sing" in module.NAMES:
+            module.NAMES.remove("sing")
+
+def is_patched():
+    return any("sing" in module.NAMES for module in _modules())
+
+def _modules():
+    return [module for name in ("names", "early", "fails") if (module := loaded("frame." + name)) is not None]
+""",
+    # An adapter that imports its framework at once.
+    "eager.py": "import frame.names\nfrom adapter import patch, unpatch, is_patched\n",
+    "broken.py": "import a_module_that_is_not_there\n",
+    "halfway.py": "from adapter import *\nimport adapter\n"
+    "def patch():\n    adapter.patch()\n    raise KeyError('the framework has changed')\n",
+}
+
+PREAMBLE = """
+import importlib, importlib.util, sys, warnings
+sys.path[:0] = [{root!r}, {folder!r}]
+from sing_plugins import autoload
+triggers = ("frame.names", "frame.early", "frame.fails")
+def known_as(adapter="adapter", supported=("1", "2")):
+    autoload.FRAMEWORKS.clear()
+    autoload.FRAMEWORKS["frame"] = autoload.Framework("frame", adapter, ("frame",), triggers, supported)
+def state():
+    (found,) = autoload.status()
+    return found
+known_as()
+"""
+
+MACHINERY = {
+    "the adapter is imported when the framework is, and not before": """
+autoload.install()
+assert "adapter" not in sys.modules and state().active and "will be" in state().why, state()
+import frame
+assert "adapter" not in sys.modules
+import frame.names
+assert frame.names.NAMES == ["adamw", "sing"] and state().why == "registered", state()
+""",
+    "installing and enabling again changes nothing": """
+for _ in range(2): autoload.install()
+import frame.names
+for _ in range(2): autoload.install(); autoload.enable("frame")
+assert frame.names.NAMES == ["adamw", "sing"], frame.names.NAMES
+assert sum(type(finder).__name__ == "_Watcher" for finder in sys.meta_path) == 1
+""",
+    "a framework that was imported before is registered at once": """
+import frame.names
+autoload.install()
+assert frame.names.NAMES == ["adamw", "sing"]
+""",
+    "a module that is half imported is registered when it is whole": """
+import frame.early
+assert frame.early.NAMES == ["adamw", "sing"]
+""",
+    "a half imported module does not keep the others from being registered": """
+import frame.names, frame.early
+assert frame.names.NAMES == frame.early.NAMES == ["adamw", "sing"]
+""",
+    "an import that fails leaves no trace and a second one is registered": """
+autoload.install()
+try:
+    import frame.fails
+except OSError:
+    pass
+else:
+    raise SystemExit("the module's own error is lost")
+assert "frame.fails" not in sys.modules and "adapter" not in sys.modules and not autoload._problems
+import frame.fails
+assert frame.fails.NAMES == ["adamw", "sing"]
+""",
+    "looking for a module without importing it registers nothing": """
+autoload.install()
+spec = importlib.util.find_spec("frame.names")
+assert spec.origin.endswith("names.py") and "frame.names" not in sys.modules and "adapter" not in sys.modules
+assert importlib.util.find_spec("frame.nothing") is None
+module = importlib.util.module_from_spec(importlib.util.find_spec("frame.names"))
+module.__spec__.loader.exec_module(module)
+assert module.NAMES == ["adamw"]
+import frame.names
+assert frame.names.NAMES == ["adamw", "sing"]
+""",
+    "a reloaded module is registered again": """
+autoload.install()
+import frame.names
+for _ in range(2):
+    frame.names.NAMES = None
+    assert importlib.reload(frame.names) is frame.names
+    assert frame.names.NAMES == ["adamw", "sing"]
+autoload.disable("frame")
+importlib.reload(frame.names)
+assert frame.names.NAMES == ["adamw"]
+""",
+    "a module that was dropped and imported anew is registered": """
+autoload.install()
+import frame.names
+old = sys.modules.pop("frame.names")
+new = importlib.import_module("frame.names")
+assert new is not old and new.NAMES == ["adamw", "sing"]
+""",
+    "no thread sees the module without SING": """
+import threading
+autoload.install()
+start, seen = threading.Barrier(8), []
+def use():
+    start.wait()
+    seen.append(list(importlib.import_module("frame.names").NAMES))
+threads = [threading.Thread(target=use) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert seen == [["adamw", "sing"]] * 8, seen
+""",
+    "an adapter that imports its framework may be imported first": """
+known_as("eager")
+autoload.install()
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import eager
+assert sys.modules["frame.names"].NAMES == ["adamw", "sing"] and not autoload._problems, autoload._problems
+""",
+    "disable takes SING out and enable puts it back": """
+autoload.install()
+import frame.names
+for _ in range(2):
+    autoload.disable("frame")
+    assert frame.names.NAMES == ["adamw"] and not state().active and "disable" in state().why, state()
+autoload.enable("frame")
+assert frame.names.NAMES == ["adamw", "sing"] and state().active
+""",
+    "a framework that was disabled before its import stays as it is": """
+autoload.install()
+autoload.disable("frame")
+import frame.names
+assert frame.names.NAMES == ["adamw"] and "adapter" not in sys.modules
+autoload.enable("frame")
+assert frame.names.NAMES == ["adamw", "sing"]
+""",
+    "autoload can be switched off and a framework enabled by hand": """
+import os
+os.environ["SING_PLUGINS_AUTOLOAD"] = "0"
+autoload.install()
+assert not state().active and "SING_PLUGINS_AUTOLOAD=0" in state().why, state()
+autoload.enable("frame")
+assert state().active
+import frame.names
+assert frame.names.NAMES == ["adamw", "sing"]
+""",
+    "an unsupported version gives one warning and no patch": """
+known_as(supported=("1.6", "2"))
+autoload.install()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import frame.names, frame.early
+assert len(caught) == 1 and caught[0].category is RuntimeWarning, caught
+message = str(caught[0].message)
+assert all(part in message for part in ("frame", "1.5", ">=1.6,<2", "SING_PLUGINS_AUTOLOAD=0")), message
+assert frame.names.NAMES == ["adamw"] and "adapter" not in sys.modules
+assert not state().active and "not supported" in state().why, state()
+try:
+    autoload.enable("frame")
+except RuntimeError as error:
+    assert "1.5" in str(error) and ">=1.6,<2" in str(error)
+else:
+    raise SystemExit("enabled")
+""",
+    "an adapter that cannot be imported gives one warning and the import succeeds": """
+known_as("broken")
+autoload.install()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import frame.names, frame.early
+(warning,) = caught
+assert "a_module_that_is_not_there" in str(warning.message), warning
+assert frame.names.NAMES == ["adamw"] and not state().active and "a_module_that" in state().why, state()
+try:
+    autoload.enable("frame")
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("enabled")
+known_as()
+autoload.enable("frame")
+assert frame.names.NAMES == ["adamw", "sing"] and state().active, state()
+""",
+    "with warnings as errors the import succeeds all the same": """
+known_as("broken")
+autoload.install()
+warnings.simplefilter("error")
+import frame.names
+assert frame.names.NAMES == ["adamw"]
+""",
+    "a patch that fails halfway is undone": """
+known_as("halfway")
+autoload.install()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import frame.names
+assert len(caught) == 1 and frame.names.NAMES == ["adamw"] and "framework has changed" in state().why, state()
+""",
+    "the imported package's own version counts": """
+from importlib import metadata
+def version(name): raise OSError("broken metadata")
+metadata.version = version
+autoload.install()
+assert state().version is None and not state().active and "not installed" in state().why, state()
+import frame.names
+assert state().version == "1.5" and frame.names.NAMES == ["adamw", "sing"], state()
+""",
+    "metadata without a version are no version": """
+from importlib import metadata
+metadata.version = lambda name: None
+assert autoload.FRAMEWORKS["frame"].installed() is None
+""",
+    "other finders may delegate as this one does": """
+class Delegating:
+    busy = False
+    def find_spec(self, name, path=None, target=None):
+        if name != "frame.names" or self.busy:
+            return None
+        self.busy = True
+        return importlib.util.find_spec(name)
+sys.meta_path.insert(0, Delegating())
+autoload.install()
+sys.meta_path.insert(0, Delegating())
+import frame.names
+assert frame.names.NAMES == ["adamw", "sing"]
+""",
+    "a spec that cannot be watched gives one warning and the import succeeds": """
+from importlib.machinery import ModuleSpec, PathFinder
+class Slotted(ModuleSpec):
+    __slots__ = ("extra",)
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        found = PathFinder.find_spec(name, path, target)
+        if name != "frame.names" or found is None:
+            return found
+        return Slotted(name, found.loader, origin=found.origin)
+sys.meta_path.insert(0, Finder)
+autoload.install()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import frame.names
+assert len(caught) == 1 and frame.names.NAMES == ["adamw"] and not state().active, (caught, state())
+""",
+    "an entry point that fails says so and raises nothing": """
+del autoload._watch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    autoload.install()
+assert len(caught) == 1 and "_watch" in str(caught[0].message)
+warnings.simplefilter("error")
+autoload.install()
+""",
+    "a framework nobody knows": """
+for function in (autoload.enable, autoload.disable):
+    try:
+        function("keras")
+    except ValueError as error:
+        assert "'keras'" in str(error) and "frame" in str(error)
+    else:
+        raise SystemExit("accepted")
+""",
+}
+
+
+def pythons() -> list[str]:
+    """This interpreter, and another one for each other supported version of Python that is at hand."""
+    found = {sys.version_info[:2]: sys.executable}
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for minor in range(10, 15):
+        places = [*pyenv.glob(f"versions/3.{minor}.*/bin/python3"), *filter(None, [shutil.which(f"python3.{minor}")])]
+        for python in places:
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+                found.setdefault((3, minor), str(python))
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("frame")
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("python", pythons())
+@pytest.mark.parametrize("code", MACHINERY.values(), ids=MACHINERY)
+def test_machinery(code: str, python: str, folder: Path) -> None:
+    run(PREAMBLE.format(root=str(ROOT), folder=str(folder)) + code, "-S", python=python)

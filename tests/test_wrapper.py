@@ -1,0 +1,230 @@
+"""wrap(): a real optimizer around another one, and what it refuses. Its arithmetic is in test_parity."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from problems import gradients, parameters, set_gradients
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+from sing_plugins import SING, wrap
+from sing_plugins.wrapper import Wrapped
+
+
+def filled(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    return [param for param in parameters(dtype) if param.numel()]
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
+    for step_grads in grads:
+        set_gradients(params, [grad for grad in step_grads if grad.numel()])
+        optimizer.step()
+
+
+def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class InitialisesWhatItHasNotSeen(torch.optim.Optimizer):
+    """A user's optimizer that takes an empty state, and a missing one, for a parameter that it has not seen."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    if param not in self.state or len(self.state[param]) == 0:
+                        self.state[param]["seen"] = 0
+                    self.state[param]["seen"] += 1
+                    param.sub_(param.grad, alpha=group["lr"])
+
+
+def test_host_initialises_its_state_although_lookahead_has_some() -> None:
+    params = filled()
+    optimizer = wrap(InitialisesWhatItHasNotSeen(params))
+    train(optimizer, params, list(gradients(7)))
+    assert all(state["seen"] == 7 and "lookahead_params" in state for state in optimizer.state.values())
+
+
+def test_scheduler_and_host_share_the_param_groups() -> None:
+    params = filled()
+    host = torch.optim.SGD(params, lr=1.0)
+    optimizer = wrap(host)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.1)
+    train(optimizer, params, list(gradients(1)))
+    scheduler.step()
+    assert host.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_scheduler_that_cycles_momentum_reaches_the_host() -> None:
+    params = filled()
+    optimizer = wrap(torch.optim.SGD(params, lr=1.0, momentum=0.9))
+    OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    assert optimizer.host.param_groups[0]["momentum"] == 0.95
+
+
+def test_late_group_goes_to_the_host_and_can_override_options() -> None:
+    params = filled()
+    optimizer = wrap(torch.optim.Adam(params[:2], lr=0.1))
+    optimizer.add_param_group({"params": params[2:], "sing_lookahead_k": None, "lr": 0.2})
+    train(optimizer, params, list(gradients(1)))
+    assert "lookahead_params" in optimizer.state[params[0]]
+    assert "lookahead_params" not in optimizer.state[params[2]]
+    with pytest.raises(ValueError, match="Invalid lookahead_k: 0"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "sing_lookahead_k": 0})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_gradient_is_given_back_even_if_the_host_fails() -> None:
+    param = nn.Parameter(torch.ones(3))
+    host = torch.optim.SGD([param], lr=0.1)
+    optimizer = wrap(host)
+    grad = param.grad = torch.full((3,), 5.0)
+
+    def fail(*_: object) -> None:
+        raise KeyError("host")
+
+    host.register_step_pre_hook(fail)
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert param.grad is grad
+    assert torch.equal(param.grad, torch.full((3,), 5.0))
+
+
+def test_closure_is_called_once_and_the_host_does_not_see_it() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = wrap(torch.optim.Adam([param]))
+    losses = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses.append(param.square().sum())
+        losses[-1].backward()
+        return losses[-1]
+
+    assert optimizer.step(closure) is losses[0]
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_resume_is_exact_at_every_phase_of_the_lookahead_cycle(stop: int, tmp_path: Path) -> None:
+    grads = list(gradients(17))
+    whole, params = filled(), filled()
+    train(wrap(timm.optim.Lamb(whole, lr=0.05)), whole, grads)
+    optimizer = wrap(timm.optim.Lamb(params, lr=0.05))
+    train(optimizer, params, grads[:stop])
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+
+    resumed_params = [nn.Parameter(param.detach().clone()) for param in params]
+    resumed = wrap(timm.optim.Lamb(resumed_params, lr=0.05))
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(resumed, resumed_params, grads[stop:])
+    assert_same(resumed_params, whole)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_continue_the_same_trajectory(copier: Any) -> None:
+    params, grads = filled(), list(gradients(12))
+    optimizer = wrap(torch.optim.NAdam(params, lr=0.05))
+    train(optimizer, params, grads[:7])
+    twin = copier(optimizer)
+    train(optimizer, params, grads[7:])
+    train(twin, twin.param_groups[0]["params"], grads[7:])
+    assert_same(params, twin.param_groups[0]["params"])
+
+
+def test_state_dict_saved_before_wrapping_loads() -> None:
+    params = filled()
+    host = torch.optim.Adam(params, lr=0.05)
+    train(host, params, list(gradients(3)))
+    optimizer = wrap(torch.optim.Adam(params, lr=1.0), lookahead_k=3)
+    optimizer.load_state_dict(host.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert optimizer.param_groups[0]["sing_lookahead_k"] == 3
+    train(optimizer, params, list(gradients(4)))
+    assert all(state["step"] == 7 for state in optimizer.state.values())
+
+
+def test_low_precision_host_sees_gradients_of_its_dtype() -> None:
+    params = filled(torch.bfloat16)
+    optimizer = wrap(torch.optim.Adam(params, lr=0.01))
+    train(optimizer, params, [[g.bfloat16() for g in grads] for grads in gradients(6)])
+    assert all(torch.isfinite(param).all() for param in params)
+
+
+def test_gradient_scaler_of_mixed_precision_unscales_before_the_host_sees_the_gradient() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = wrap(torch.optim.Adam([param]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((param * torch.tensor([1.0, float("nan"), 1.0])).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param, torch.ones(3))
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def one() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, 2))]
+
+
+class InBackward(torch.optim.SGD):
+    def fused_backward(self, loss: Tensor, lr: float) -> None:
+        raise NotImplementedError
+
+
+class TrainAndEval(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+REFUSED = {
+    "closure": (lambda: torch.optim.LBFGS(one()), "calls the closure by itself"),
+    "sparse": (lambda: torch.optim.SparseAdam(one()), "wants sparse gradients"),
+    "SING": (lambda: SING(one()), "already standardizes"),
+    "wrapped": (lambda: wrap(torch.optim.Adam(one())), "already standardizes"),
+    "second order": (lambda: timm.optim.Adahessian(one()), "second-order"),
+    "Lookahead": (lambda: timm.optim.Lookahead(torch.optim.SGD(one(), lr=0.1)), "itself a wrapper"),
+    "backward": (lambda: InBackward(one()), "during backward"),
+    "train and eval": (lambda: TrainAndEval(one()), r"train\(\) and eval\(\)"),
+    "no optimizer": (lambda: torch.optim.SGD, "takes a torch.optim.Optimizer instance"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_optimizers_that_cannot_be_wrapped_are_refused_with_the_reason(case: str) -> None:
+    create, reason = REFUSED[case]
+    with pytest.raises(TypeError, match=reason):
+        wrap(create())
+
+
+@pytest.mark.parametrize(
+    "option", [{"norm_eps": 0.0}, {"lookahead_k": 0}, {"centralize": 1}, {"lookahead_alpha": 2}], ids=str
+)
+def test_invalid_options_name_the_argument_and_its_value(option: dict[str, Any]) -> None:
+    (name, value), *_ = option.items()
+    with pytest.raises(ValueError, match=f"Invalid {name}: {value}"):
+        wrap(torch.optim.SGD(one()), **option)
+
+
+def test_parameters_replaced_by_a_flat_partition_are_refused() -> None:
+    optimizer = wrap(torch.optim.Adam([nn.Parameter(torch.ones(2, 3))]))
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(6))]
+    with pytest.raises(RuntimeError, match="SING needs whole tensors"):
+        optimizer.step()
+
+
+def test_wrapped_optimizer_is_a_torch_optimizer() -> None:
+    optimizer = wrap(torch.optim.Adam(one()))
+    assert isinstance(optimizer, Wrapped)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert repr(optimizer).startswith("Wrapped Adam (")
