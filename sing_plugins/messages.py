@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from torch import distributed
+
 logger = logging.getLogger("sing_plugins")
 
 # Learning rates that are customary for AdamW; those that the paper used for SING (2e-4, 8e-4, 5e-3 and up) are not.
@@ -15,14 +17,14 @@ _said: set[str] = set()
 
 
 def say(message: str, *, level: int = logging.WARNING, once: bool = False) -> None:
-    """Log one line with the prefix ``SING:``, on the job's first process only (environment variable ``RANK``).
+    """Log one line with the prefix ``SING:``, on the job's first process only.
 
     Args:
         message: the line.
         level: a level of the standard library's logging.
         once: leave the line out if this process has logged it before.
     """
-    if os.environ.get("RANK", "0") != "0" or (once and message in _said):
+    if _rank() != 0 or (once and message in _said):
         return
     _said.add(message)
     logger.log(level, "SING: %s", message)
@@ -54,3 +56,10 @@ def hint_clipping(argument: str, value: float | None) -> None:
     """
     if value:
         say(f"{argument}={value:g} clips gradients, which has no effect on SING (harmless; paper D.1).", once=True)
+
+
+def _rank() -> int:
+    """This process's rank in its job; where the framework spawns the processes, only torch.distributed has it."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))

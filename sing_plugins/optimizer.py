@@ -14,7 +14,7 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options
 from sing_plugins.hosts import HOSTS
-from sing_plugins.standardize import standardize, working_dtype
+from sing_plugins.standardize import is_dtensor, standardize, working_dtype
 
 # The options that only some hosts have; None in the constructor stands for the host's own default.
 HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.defaults})
@@ -234,7 +234,7 @@ class SING(WholeTensors, Optimizer):
                 torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
         HOSTS[group["host"]].update(weights, grads, states, {**group, "lr": lr})
         if low_precision:
-            torch._foreach_copy_(params, weights)
+            copy_into(params, weights)
         if merge:
             lookahead_merge(params, [state["lookahead_params"] for state in states], group["lookahead_alpha"])
 
@@ -263,7 +263,16 @@ def count_lookahead_step(group: ParamGroup, prefix: str = "") -> bool:
 def lookahead_merge(params: list[Tensor], slow: list[Tensor], alpha: float) -> None:
     """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place."""
     torch._foreach_lerp_(slow, [p.to(s.dtype) for p, s in zip(params, slow, strict=True)], alpha)
-    torch._foreach_copy_(params, slow)
+    copy_into(params, slow)
+
+
+def copy_into(params: list[Tensor], values: list[Tensor]) -> None:
+    """``p ← value``, in place, whatever their dtypes."""
+    if is_dtensor(params[0]):  # has no multi-tensor copy
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)
+    else:
+        torch._foreach_copy_(params, values)
 
 
 def _batches(group: ParamGroup) -> Iterator[list[Tensor]]:

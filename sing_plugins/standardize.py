@@ -26,6 +26,11 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in LOW_PRECISION else tensor.dtype
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this is a ``torch.distributed.tensor.DTensor``, without importing that package: it takes a second."""
+    return hasattr(tensor, "placements")
+
+
 def has_centre(shape: torch.Size, rows_of_one: bool = False) -> bool:
     """Whether φ applies to a tensor of this shape.
 
@@ -45,7 +50,7 @@ def centralize(grad: Tensor, rows_of_one: bool = False) -> Tensor:
 
 def norm(grad: Tensor) -> Tensor:
     """Γ: the Euclidean norm over all entries, as a 0-d tensor of ``grad``'s dtype (equation 3)."""
-    if grad.numel() > CPU_NORM_BLOCK and grad.device.type == "cpu" and type(grad) in (Tensor, torch.nn.Parameter):
+    if grad.numel() > CPU_NORM_BLOCK and grad.device.type == "cpu" and not is_dtensor(grad):
         blocks = torch.stack(torch._foreach_norm(torch.split(grad.reshape(-1), CPU_NORM_BLOCK)))
         return _vector_norm(blocks, dtype=torch.float64).to(grad.dtype)
     return _vector_norm(grad)
@@ -73,14 +78,23 @@ def standardize(
         float64 gradients are returned as they are, not copied.
     """
     standardized = []
-    for grad in grads:
-        grad = grad.to(working_dtype(grad))
+    for original in grads:
+        grad = original.to(working_dtype(original))
         if centralize:
             grad = _centralize(grad, rows_of_one)
         if normalize:
             grad = grad / (norm(grad) + eps)
-        standardized.append(grad)
+        standardized.append(sharded_like(original, grad))
     return standardized
+
+
+def sharded_like(original: Tensor, result: Tensor) -> Tensor:
+    """Where a tensor has fewer rows than there are shards, arithmetic on a DTensor replicates it: shard it again."""
+    placements = getattr(original, "placements", None)
+    if placements is None or getattr(result, "placements", placements) == placements:
+        return result
+    sharded: Tensor = result.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return sharded
 
 
 _centralize = centralize  # the keyword of `standardize` hides the function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sing_plugins.hosts.base import Group, Host, State, Tensors, calibrate
-from sing_plugins.standardize import norm
+from sing_plugins.standardize import norm, sharded_like
 
 EPS_SQUARE = 1e-30  # added to the squared gradient, as in Adafactor itself; SING's `eps` guards the norm
 
@@ -26,6 +26,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
     for param, grad, state in zip(params, grads, states, strict=True):
         decay = state["step"].item() ** -group["decay_rate"]
         change = grad / _denominator(grad.square() + EPS_SQUARE, decay, state, group)
+        change = sharded_like(param, change)
         rms = norm(change) / change.numel() ** 0.5
         change.mul_(group["lr"] / (rms / group["clip_threshold"]).clamp_(min=1.0))
         if group["momentum"]:
