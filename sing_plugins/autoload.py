@@ -144,7 +144,7 @@ def disable(framework: str) -> None:
     chosen = _framework(framework)
     _disabled.add(framework)
     adapter = sys.modules.get(chosen.adapter)
-    if adapter is not None:
+    if adapter is not None and chosen.triggers:
         adapter.unpatch()
 
 

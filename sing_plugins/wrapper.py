@@ -198,4 +198,6 @@ def _substitute(params: list[Tensor], group: ParamGroup) -> None:
         rows_of_one=group[PREFIX + "centralize_rows_of_one"],
     )
     for param, grad in zip(params, standardized, strict=True):
-        param.grad = grad.to(param.dtype)
+        substitute = grad.to(param.dtype)
+        # Some hosts clip in place, which must not reach a gradient that standardization left as it was.
+        param.grad = substitute.clone() if substitute is param.grad else substitute

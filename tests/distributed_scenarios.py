@@ -121,6 +121,17 @@ def fsdp2() -> None:
 
 
 @scenario
+def fsdp2_swapped_after_construction() -> None:
+    """As Accelerate does it: the optimizer exists before the model is sharded, then gets the new parameters."""
+    model = net()
+    optimizer = NATIVE(model.parameters())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    run(model, optimizer, range(STEPS), split=True)
+    assert_as_alone(model, NATIVE)
+
+
+@scenario
 def hsdp() -> None:
     model = sharded(init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
     run(model, NATIVE(model.parameters()), range(STEPS), split=True)

@@ -99,8 +99,8 @@ WRAPPED = [
     info(wrapped(host, **fixed), wrapped_inputs, supported_impls=(), not_og_supported_flags=())
     for host, fixed in ((torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RAdam, {}))
 ]
-# timm's optimizers check neither their lr nor anything that torch would
-LAMB = info(wrapped(timm.optim.Lamb), wrapped_inputs, supported_impls=(), not_og_supported_flags=())
+# timm's optimizers check neither their lr nor anything that torch would; old ones cannot clip where no gradient is
+LAMB = info(wrapped(timm.optim.Lamb, max_grad_norm=None), wrapped_inputs, supported_impls=(), not_og_supported_flags=())
 LAMB.optim_error_inputs_func = None
 INFOS = [*NATIVE, *WRAPPED, LAMB]
 

@@ -56,6 +56,28 @@ def test_host_initialises_its_state_although_lookahead_has_some() -> None:
     assert all(state["seen"] == 7 and "lookahead_params" in state for state in optimizer.state.values())
 
 
+class ClipsInPlace(torch.optim.SGD):
+    """As timm 1.0.15's Lamb does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(0.5)
+        super().step()
+
+
+@pytest.mark.parametrize("switches", [{}, {"normalize": False}, {"centralize": False, "normalize": False}], ids=str)
+def test_a_host_that_changes_gradients_in_place_does_not_change_ours(switches: dict[str, bool]) -> None:
+    params = filled()
+    optimizer = wrap(ClipsInPlace(params, lr=0.1), **switches)
+    for grads in gradients(3):
+        grads = [grad for grad in grads if grad.numel()]
+        set_gradients(params, [grad.clone() for grad in grads])
+        optimizer.step()
+        assert all(torch.equal(param.grad, grad) for param, grad in zip(params, grads, strict=True))
+
+
 def test_scheduler_and_host_share_the_param_groups() -> None:
     params = filled()
     host = torch.optim.SGD(params, lr=1.0)

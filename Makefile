@@ -1,0 +1,40 @@
+# Needs Python >= 3.10 with venv, a C++ compiler (fairseq comes as source) and a package index. Everything that is
+# installed goes into .venv: about 6.5 GB.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+PYTEST_FLAGS ?= -n auto --dist loadfile
+
+# fairseq's build needs these. In an isolated build environment pip would fetch a second torch of several GB for it.
+BUILD_TOOLS := torch torchvision numpy cython wheel 'setuptools>=77'
+
+.PHONY: test demo lint test-oldest clean
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python recipes/demo/run.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy sing_plugins integrations/sing_*
+
+# With the oldest versions that pyproject.toml admits, all at once. That torch has wheels for Python 3.10 to 3.12.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+$(OLDEST)/ready: FLOORS = $(shell grep -oE '"(torch|transformers|timm|accelerate)>=[0-9.]+' pyproject.toml | \
+	sed 's/"//; s/>=/==/' | sort -u)
+
+%/ready: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed: make PYTHON=...')"
+	@command -v $${CXX:-c++} > /dev/null || { echo 'A C++ compiler is needed to build fairseq, such as g++.'; exit 1; }
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install $(BUILD_TOOLS) $(FLOORS)
+	$*/bin/python -m pip install --no-build-isolation --editable '.[all,dev]' $(FLOORS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache

