@@ -100,6 +100,24 @@ def check_gradient(grad: Tensor) -> None:
         )
 
 
+def check_saved_by(saved: str | None, host: str) -> None:
+    """Raise for a state dict that another optimizer has saved.
+
+    Args:
+        saved: the host in the state dict, None if it is not one of SING's.
+        host: the host of the optimizer that loads it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if saved != host:
+        whose = f"SING with the host {saved!r}" if saved else "an optimizer without SING"
+        raise ValueError(
+            f"Invalid state_dict: it was saved by {whose}, but this is SING with the host {host!r}. Load it into what "
+            "has saved it, or start with a new optimizer state: moments of other gradients would mislead this one."
+        )
+
+
 class WholeTensors:
     """Guards an optimizer against parameters that are flat pieces of tensors: their norm would silently be wrong.
 

@@ -51,12 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(chosen: argparse.Namespace) -> list[str]:
     importlib.import_module("torch")  # as in any program, this is what starts autoload
+    failed = {}
     for framework in autoload.FRAMEWORKS.values():
         if chosen.imports and framework.installed() is not None:
-            for trigger in framework.triggers:
-                importlib.import_module(trigger)
+            try:
+                for trigger in framework.triggers:
+                    importlib.import_module(trigger)
+            except Exception as error:
+                failed[framework.name] = f"{framework.name} cannot be imported: {type(error).__name__}: {error}"
     header = ("framework", "installed", "supported", "active", "why")
-    rows = [(s.framework, s.version or "-", s.supported, "yes" if s.active else "no", s.why) for s in autoload.status()]
+    rows = []
+    for state in autoload.status():
+        why = failed.get(state.framework, state.why)
+        active = state.active and state.framework not in failed
+        one_line = " ".join(why.split())
+        rows.append((state.framework, state.version or "-", state.supported, "yes" if active else "no", one_line))
     return _table(header, *rows)
 
 

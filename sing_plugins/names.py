@@ -75,9 +75,10 @@ def parse_freeze(value: object) -> str:
 
 
 def parse_literal(value: object) -> Any:
-    """A Python literal in a string; other strings and values as they are."""
+    """A Python literal in a string, its words in any case; other strings and values as they are."""
+    words = {"true": "True", "false": "False", "none": "None", "null": "None"}
     try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
+        return ast.literal_eval(words.get(value.lower(), value)) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
         return value
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
-from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options
+from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options, check_saved_by
 from sing_plugins.hosts import HOSTS
 from sing_plugins.standardize import is_dtensor, standardize, working_dtype
 
@@ -153,15 +153,11 @@ class SING(WholeTensors, Optimizer):
         Hyper-parameters are those of the state dict, as in every torch optimizer.
 
         Raises:
-            ValueError: the state dict is another host's; nothing is changed then.
+            ValueError: the state dict is another host's or another optimizer's, whose moments are those of gradients
+                that were not standardized. Nothing is changed then.
         """
         for group in state_dict["param_groups"]:
-            saved_by = "adamw" if "grad_central" in group else group.get("host", self.host)
-            if saved_by != self.host:
-                raise ValueError(
-                    f"Invalid state_dict: it was saved with host={saved_by!r}, but this optimizer has "
-                    f"host={self.host!r}. Build SING(..., host={saved_by!r}) to load it."
-                )
+            check_saved_by("adamw" if "grad_central" in group else group.get("host"), self.host)
         super().load_state_dict(state_dict)
         self._restore_precision(state_dict)
 

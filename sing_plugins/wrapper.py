@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options, check_wrappable
+from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options, check_saved_by, check_wrappable
 from sing_plugins.optimizer import count_lookahead_step, lookahead_merge
 from sing_plugins.standardize import standardize
 
@@ -46,7 +46,7 @@ def wrap(
         ValueError: an option that is not accepted.
     """
     check_wrappable(optimizer)
-    options = {
+    options: ParamGroup = {
         "centralize": centralize,
         "normalize": normalize,
         "norm_eps": norm_eps,
@@ -55,7 +55,8 @@ def wrap(
         "centralize_rows_of_one": centralize_rows_of_one,
     }
     check_options(options)
-    return Wrapped(optimizer, {PREFIX + name: value for name, value in {**options, "lookahead_step": 0}.items()})
+    options |= {"lookahead_step": 0, "host": type(optimizer).__name__}
+    return Wrapped(optimizer, {PREFIX + name: value for name, value in options.items()})
 
 
 class Wrapped(WholeTensors, Optimizer):
@@ -125,10 +126,16 @@ class Wrapped(WholeTensors, Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer, or one that the host saved before it was wrapped."""
+        """Load a state dict that a wrapped optimizer of the same class has saved.
+
+        Raises:
+            ValueError: another optimizer has saved it, or the host without SING. Nothing is changed then.
+        """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        for group in state_dict["param_groups"]:
+            check_saved_by(group.get(PREFIX + "host"), self.defaults[PREFIX + "host"])
         self.host.load_state_dict(state_dict)
         self._complete_groups()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

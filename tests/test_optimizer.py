@@ -350,9 +350,15 @@ def test_state_dict_of_another_host_is_refused_unchanged() -> None:
     params = parameters()
     optimizer = SING(params, host="sgd")
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="saved with host='adamw'"):
+    with pytest.raises(ValueError, match="saved by SING with the host 'adamw', but this is SING with the host 'sgd'"):
         optimizer.load_state_dict(SING(parameters()).state_dict())
     assert optimizer.state_dict() == before
+
+
+def test_state_dict_of_an_ordinary_optimizer_is_refused() -> None:
+    """As when a run with AdamW is resumed with SING: its moments are those of gradients of another scale."""
+    with pytest.raises(ValueError, match="saved by an optimizer without SING"):
+        SING(parameters()).load_state_dict(torch.optim.AdamW(parameters()).state_dict())
 
 
 def test_lookahead_can_be_switched_on_in_mid_run() -> None:

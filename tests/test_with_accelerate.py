@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -227,6 +227,12 @@ def fsdp_plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=version, **options)
 
 
+def use_plugin(accelerator: Accelerator, kind: DistributedType, plugin: Any) -> None:
+    """What Accelerate's constructor does where there is a GPU; without one it ignores the plugin, silently."""
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
+    accelerator.state.fsdp_plugin = plugin
+
+
 @pytest.mark.parametrize(
     ("kind", "plugin", "what"),
     [
@@ -242,9 +248,7 @@ def fsdp_plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
 def test_what_flattens_the_parameters_is_refused_before_training(
     accelerator: Accelerator, kind: DistributedType, plugin: Callable[[], Any], what: str | None
 ) -> None:
-    # Without a GPU Accelerate ignores these plugins: set what its constructor sets where there is one.
-    accelerator.state.distributed_type = kind
-    accelerator.state.fsdp_plugin = plugin()
+    use_plugin(accelerator, kind, plugin())
     model = net()
     if what is None:
         sing_accelerate.create_optimizer(accelerator, model)
@@ -296,10 +300,12 @@ def test_load_state_in_two_processes_continues_exactly(two_processes: list[dict[
     assert [report["resume"] for report in two_processes] == [0.0, 0.0]
 
 
-def test_fsdp2_in_two_processes_equals_one_process(two_processes: list[dict[str, Any]]) -> None:
+def test_fsdp2_in_two_processes_equals_one_process_and_resumes(two_processes: list[dict[str, Any]]) -> None:
     for report in two_processes:
-        assert report["fsdp2"][0] == "DTensor"
-        assert report["fsdp2"][1] < 1e-12
+        kind, from_one_process, from_resumed = report["fsdp2"]
+        assert kind == "DTensor"
+        assert from_one_process < 1e-12
+        assert from_resumed == 0.0
 
 
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"])
@@ -322,15 +328,24 @@ def resume(directory: Path) -> float:
     return difference(job.model, resumed.train(3, 12).model)
 
 
-def fsdp2() -> tuple[str, float]:
-    accelerator = new_accelerator()
-    accelerator.state.distributed_type = DistributedType.FSDP  # which Accelerate does only where there is a GPU
-    accelerator.state.fsdp_plugin = fsdp_plugin(2)
-    job = Job(accelerator, batch_size=8).train(0, 12)
-    kind = type(job.optimizer.param_groups[0]["params"][0].data).__name__
+def fsdp2(directory: Path) -> tuple[str, float, float]:
+    def job() -> Job:
+        accelerator = new_accelerator()
+        use_plugin(accelerator, DistributedType.FSDP, fsdp_plugin(2))
+        return Job(accelerator, batch_size=8)
+
+    first = job().train(0, 3)
+    first.accelerator.save_state(str(directory / "sharded"))
+    first.train(3, 12)
+    kind = type(first.optimizer.param_groups[0]["params"][0].data).__name__
     whole = net()
-    whole.load_state_dict({name: value.full_tensor() for name, value in job.model.state_dict().items()})
-    return kind, difference(whole, train_by_hand("sing_adamw", 12))
+    whole.load_state_dict({name: value.full_tensor() for name, value in first.model.state_dict().items()})
+    resumed = job()
+    resumed.accelerator.load_state(str(directory / "sharded"))
+    resumed.train(3, 12)
+    pairs = zip(first.model.parameters(), resumed.model.parameters(), strict=True)
+    apart = max((a - b).abs().max().full_tensor().item() for a, b in pairs)  # type: ignore[attr-defined]
+    return kind, difference(whole, train_by_hand("sing_adamw", 12)), apart
 
 
 def refusal(wrapped: nn.Module) -> str:
@@ -354,7 +369,7 @@ def main(directory: Path) -> None:
     report["FullyShardedDataParallel"] = refusal(no_shard)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     report["FSDPModule"] = refusal(fully_shard(net(), mesh=mesh))
-    report["fsdp2"] = fsdp2()
+    report["fsdp2"] = fsdp2(directory)
     (directory / f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

@@ -290,22 +290,23 @@ def test_trainers_arguments_reach_a_native_host(host: str, tmp_path: Path) -> No
         weight_decay=0.003,
         adam_beta1=0.8,
         adam_beta2=0.95,
-        adam_epsilon=1e-6,
+        adam_epsilon=1e-5,
     )
     assert type(optimizer) is SING
     assert optimizer.host == host
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.02, 0.003, 1e-6)
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.02, 0.003, 1e-5)
     assert group.get("betas") == ((0.8, 0.95) if host in ("adamw", "adabelief") else None)
 
 
 WRAPPED_HOSTS = [
-    ("adam", "Adam", {"betas": (0.8, 0.95), "eps": 1e-6}),
-    ("radam", "RAdam", {"betas": (0.8, 0.95), "eps": 1e-6}),
-    ("adamw_torch", "AdamW", {"betas": (0.8, 0.95), "eps": 1e-6, "fused": None}),
-    ("adamw_torch_fused", "AdamW", {"betas": (0.8, 0.95), "eps": 1e-6, "fused": True}),
+    ("adam", "Adam", {"betas": (0.8, 0.95), "eps": 1e-5}),
+    ("radam", "RAdam", {"betas": (0.8, 0.95), "eps": 1e-5}),
+    ("adamw_torch", "AdamW", {"betas": (0.8, 0.95), "eps": 1e-5, "fused": None}),
+    ("adamw_torch_fused", "AdamW", {"betas": (0.8, 0.95), "eps": 1e-5, "fused": True}),
     ("rmsprop", "RMSprop", {"alpha": 0.99, "eps": 1e-8}),
     ("adagrad", "Adagrad", {"lr_decay": 0, "eps": 1e-10}),
+    ("adadelta", "Adadelta", {"rho": 0.9, "eps": 1e-6}),
 ]
 
 
@@ -320,7 +321,7 @@ def test_trainers_arguments_reach_a_wrapped_host_like_trainers_own(
         weight_decay=0.003,
         adam_beta1=0.8,
         adam_beta2=0.95,
-        adam_epsilon=1e-6,
+        adam_epsilon=1e-5,
     )
     assert type(optimizer) is Wrapped
     assert type(optimizer.host) is getattr(torch.optim, kind)
@@ -361,6 +362,7 @@ OPTIM_ARGS = [
         {"alpha": 0.9, "centered": False, "sing_lookahead_k": None},
     ),
     ("sing_adamw_torch", "amsgrad=true,normalize=False", {"amsgrad": True, "sing_normalize": False}),
+    ("sing_adam", "foreach=false,decoupled_weight_decay=False", {"foreach": False, "decoupled_weight_decay": False}),
 ]
 
 

@@ -165,16 +165,28 @@ def test_copies_continue_the_same_trajectory(copier: Any) -> None:
     assert_same(params, twin.param_groups[0]["params"])
 
 
-def test_state_dict_saved_before_wrapping_loads() -> None:
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda p: torch.optim.Adam(p), "saved by an optimizer without SING"),
+        (
+            lambda p: wrap(torch.optim.RAdam(p)),
+            "saved by SING with the host 'RAdam', but this is SING with the host 'Adam'",
+        ),
+        (lambda p: SING(p), "saved by an optimizer without SING"),
+    ],
+    ids=["host alone", "another host", "SING"],
+)
+def test_state_dict_of_another_optimizer_is_refused_unchanged(save: Any, message: str) -> None:
     params = filled()
-    host = torch.optim.Adam(params, lr=0.05)
-    train(host, params, list(gradients(3)))
-    optimizer = wrap(torch.optim.Adam(params, lr=1.0), lookahead_k=3)
-    optimizer.load_state_dict(host.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.05
-    assert optimizer.param_groups[0]["sing_lookahead_k"] == 3
-    train(optimizer, params, list(gradients(4)))
-    assert all(state["step"] == 7 for state in optimizer.state.values())
+    optimizer = wrap(torch.optim.Adam(params, lr=0.05), lookahead_k=3)
+    train(optimizer, params, list(gradients(1)))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(save(filled()).state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
 
 
 def test_low_precision_host_sees_gradients_of_its_dtype() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from timm.optim._optim_factory import OptimInfo, OptimizerRegistry, default_registry
+from timm.optim import _optim_factory as factory  # not its contents, which are others after a reload
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -33,14 +33,14 @@ def patch() -> None:
     """Teach timm's registries SING's names; doing so twice changes nothing."""
     if is_patched():
         return
-    names = valid_names(_hosts(default_registry))
-    own = getattr(OptimizerRegistry, _METHOD)
-    _hooked[OptimizerRegistry] = _hook(own), own
-    setattr(OptimizerRegistry, _METHOD, _hooked[OptimizerRegistry][0])
+    names = valid_names(_hosts(factory.default_registry))
+    own = getattr(factory.OptimizerRegistry, _METHOD)
+    _hooked[factory.OptimizerRegistry] = _hook(own), own
+    setattr(factory.OptimizerRegistry, _METHOD, _hooked[factory.OptimizerRegistry][0])
     for name in names:
-        info = _info(default_registry, name)
+        info = _info(factory.default_registry, name)
         for spelling in {name, _compact(name)}:
-            default_registry.register(replace(info, name=spelling))
+            factory.default_registry.register(replace(info, name=spelling))
 
 
 def unpatch() -> None:
@@ -49,20 +49,20 @@ def unpatch() -> None:
         if getattr(registry, _METHOD) is ours:  # else somebody's hook is on top of ours, which does nothing any more
             setattr(registry, _METHOD, own)
     _hooked.clear()
-    for name in [name for name, info in default_registry._optimizers.items() if _is_ours(info)]:
-        del default_registry._optimizers[name]
+    for name in [name for name, info in factory.default_registry._optimizers.items() if _is_ours(info)]:
+        del factory.default_registry._optimizers[name]
 
 
 def is_patched() -> bool:
     """Whether timm's registries know SING's names."""
-    return bool(_hooked)
+    return factory.OptimizerRegistry in _hooked
 
 
 def _hook(own: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(own)
 
     @functools.wraps(own)
-    def create(registry: OptimizerRegistry, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Any:
+    def create(registry: factory.OptimizerRegistry, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Any:
         named = _find(registry, opt) if is_patched() else None
         if named is None:
             return own(registry, model_or_params, opt, *args, **kwargs)
@@ -71,9 +71,9 @@ def _hook(own: Callable[..., Any]) -> Callable[..., Any]:
 
         def ask_timm(**changes: Any) -> tuple[Any, dict[str, Any]]:
             """What timm would give to an optimizer class: the params or param groups, and the options."""
-            asked = OptimizerRegistry()
+            asked = factory.OptimizerRegistry()
             as_given: Any = _as_given
-            asked.register(OptimInfo("asked", as_given, has_betas=True, has_momentum=_takes_momentum(named)))
+            asked.register(factory.OptimInfo("asked", as_given, has_betas=True, has_momentum=_takes_momentum(named)))
             arguments = {**call.arguments, "self": asked, "opt": "asked", **changes}
             question = inspect.BoundArguments(signature, arguments)
             answer: tuple[Any, dict[str, Any]] = own(*question.args, **question.kwargs)
@@ -106,7 +106,7 @@ def _as_given(params: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     return params, options
 
 
-def _build(registry: OptimizerRegistry, name: str, params: ParamsT, **options: Any) -> Optimizer:
+def _build(registry: factory.OptimizerRegistry, name: str, params: ParamsT, **options: Any) -> Optimizer:
     """An optimizer without its model.
 
     Raises:
@@ -127,7 +127,7 @@ def _build(registry: OptimizerRegistry, name: str, params: ParamsT, **options: A
     return optimizer
 
 
-def _find(registry: OptimizerRegistry, opt: str) -> Named | None:
+def _find(registry: factory.OptimizerRegistry, opt: str) -> Named | None:
     """What a name means, or None if it is not one of ours.
 
     Raises:
@@ -146,7 +146,7 @@ def _find(registry: OptimizerRegistry, opt: str) -> Named | None:
     return _resolve(registry, compact.get(name, name))
 
 
-def _resolve(registry: OptimizerRegistry, name: str) -> Named:
+def _resolve(registry: factory.OptimizerRegistry, name: str) -> Named:
     hosts: dict[str, Any] = dict.fromkeys(_hosts(registry), _as_given)
     host = name.removeprefix(PREFIX)
     if host in hosts and name not in NATIVE:
@@ -154,18 +154,18 @@ def _resolve(registry: OptimizerRegistry, name: str) -> Named:
     return resolve(name, hosts)
 
 
-def _hosts(registry: OptimizerRegistry) -> list[str]:
+def _hosts(registry: factory.OptimizerRegistry) -> list[str]:
     """The registry's own optimizers that can be wrapped."""
     return [name for name, info in registry._optimizers.items() if not info.second_order and not _is_ours(info)]
 
 
-def _info(registry: OptimizerRegistry, name: str) -> OptimInfo:
+def _info(registry: factory.OptimizerRegistry, name: str) -> factory.OptimInfo:
     build: Any = functools.partial(_build, registry, name)
     host = registry._optimizers.get(name.removeprefix(PREFIX))
     if host is not None and name not in NATIVE:
         return replace(host, opt_class=build, description=f"SING in front of {host.description}", defaults=None)
     named = resolve(name)
-    return OptimInfo(
+    return factory.OptimInfo(
         name,
         build,
         f"SING (stabilized and normalized gradient) with the host {named.host}",
@@ -184,5 +184,5 @@ def _compact(name: str) -> str:
     return name.replace("_", "")
 
 
-def _is_ours(info: OptimInfo) -> bool:
+def _is_ours(info: factory.OptimInfo) -> bool:
     return isinstance(info.opt_class, functools.partial) and info.opt_class.func is _build

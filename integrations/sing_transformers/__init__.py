@@ -4,6 +4,10 @@ Trainer asks about a name in two places, which are the same in all supported ver
 refuses what it does not know, and the static method ``Trainer.get_optimizer_cls_and_kwargs`` turns a name into a class
 and its arguments. Our names are added to the enum, and the method answers for them before Trainer parses
 ``optim_args`` in its own way; for every other name it is Trainer's.
+
+``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are honored as Trainer's own
+optimizers honor them. All other options are in ``optim_args``: ``"lookahead_k=none,betas=0.9:0.98,freeze=none"``;
+``betas`` and ``eps`` there go before Trainer's arguments.
 """
 
 from __future__ import annotations
