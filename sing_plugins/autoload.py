@@ -81,7 +81,7 @@ FRAMEWORKS: dict[str, Framework] = {
             ("fairseq.optim", "fairseq.trainer"),
             ("0.12.2", "0.13"),
         ),
-        Framework("accelerate", "sing_accelerate", ("accelerate",), (), ("1.0", "2")),
+        Framework("accelerate", "sing_accelerate", ("accelerate",), (), ("1.6", "2")),
     )
 }
 

@@ -42,7 +42,10 @@ FILES = {
     "frame/fails.py": "import builtins\nbuiltins.tries = getattr(builtins, 'tries', 0) + 1\n"
     "if builtins.tries == 1:\n    raise OSError('not today')\nNAMES = ['adamw']\n",
     "adapter.py": """
+import time
 from sing_plugins.autoload import loaded
+
+time.sleep(0.05)  # as long as it takes to import torch's optimizers
 
 def patch():
     for module in _modules():
@@ -152,13 +155,16 @@ new = importlib.import_module("frame.names")
 assert new is not old and new.NAMES == ["adamw", "sing"]
 """,
     "no thread sees the module without SING": """
-import threading
+import threading, time
 autoload.install()
-start, seen = threading.Barrier(8), []
+seen = []
 def use():
-    start.wait()
     seen.append(list(importlib.import_module("frame.names").NAMES))
-threads = [threading.Thread(target=use) for _ in range(8)]
+def use_while_it_is_patched():
+    while not hasattr(sys.modules.get("frame.names"), "NAMES"):
+        time.sleep(0.001)
+    use()
+threads = [threading.Thread(target=target) for target in [use_while_it_is_patched, use] * 4]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert seen == [["adamw", "sing"]] * 8, seen
@@ -264,19 +270,16 @@ from importlib import metadata
 metadata.version = lambda name: None
 assert autoload.FRAMEWORKS["frame"].installed() is None
 """,
-    "other finders may delegate as this one does": """
+    "another finder may delegate to all the others as this one does": """
 class Delegating:
-    busy = False
     def find_spec(self, name, path=None, target=None):
-        if name != "frame.names" or self.busy:
-            return None
-        self.busy = True
-        return importlib.util.find_spec(name)
-sys.meta_path.insert(0, Delegating())
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        return next(filter(None, found), None)
 autoload.install()
-sys.meta_path.insert(0, Delegating())
-import frame.names
-assert frame.names.NAMES == ["adamw", "sing"]
+for place in (0, 1):
+    sys.meta_path.insert(place, Delegating())
+    assert importlib.import_module("frame.names").NAMES == ["adamw", "sing"]
+    del sys.meta_path[place], sys.modules["frame.names"]
 """,
     "a spec that cannot be watched gives one warning and the import succeeds": """
 from importlib.machinery import ModuleSpec, PathFinder

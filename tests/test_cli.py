@@ -75,9 +75,10 @@ def test_status_says_that_autoload_is_off(switch: str) -> None:
 
 def test_status_can_import_the_frameworks_and_tell_what_went_wrong(tmp_path: Path) -> None:
     (tmp_path / "sing_timm.py").write_text("raise ImportError('half an installation')\n")
+    (tmp_path / "hydra.py").write_text("raise ImportError('two\\nlines')\n")
     table = status(COMMAND, "status", "--import", PYTHONPATH=str(tmp_path))
     assert table["transformers"][2:] == ["yes", "registered"]
-    assert table["fairseq"][2:] == ["yes", "registered"]
+    assert table["fairseq"][2:] == ["no", "fairseq cannot be imported: ImportError: two lines"]
     assert table["timm"][2:] == ["no", "ImportError: half an installation"]
 
 

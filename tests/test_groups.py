@@ -177,7 +177,7 @@ def test_model_without_trainable_parameters_is_an_error() -> None:
 
 
 def test_unknown_freeze_is_an_error() -> None:
-    with pytest.raises(ValueError, match="Invalid freeze: 'layernorms'. Accepted: layernorm, norm, none"):
+    with pytest.raises(ValueError, match=r"Invalid freeze: 'layernorms'\. Accepted: layernorm, norm, none"):
         param_groups(nn.Linear(2, 2), freeze="layernorms")
 
 

@@ -83,9 +83,6 @@ def test_every_host_and_switch_follows_the_reference(
     host: dict[str, Any], switches: dict[str, Any], dtype: torch.dtype
 ) -> None:
     options = {**host, **switches, "weight_decay": 0.1}
-    if host["host"] == "sgd":
-        if switches["softplus_beta"] is None:
-            options["softplus_beta"] = None
     params = parameters(dtype)
     run_against_reference(SING(params, lr=1.0, **options), params, options)
 

@@ -329,7 +329,9 @@ def test_trainers_arguments_reach_a_wrapped_host_like_trainers_own(
     assert {"lr": 0.02, "weight_decay": 0.003, **expected}.items() <= group.items()
 
 
-@pytest.mark.parametrize("name", ["sing", *(f"sing_{host}" for host in {*NATIVE_HOSTS, *torch_hosts()} - {"muon"})])
+@pytest.mark.parametrize(
+    "name", ["sing", *(f"sing_{host}" for host in sorted({*NATIVE_HOSTS, *torch_hosts()} - {"muon"}))]
+)
 def test_every_name_trains(name: str, tmp_path: Path) -> None:
     """Rprop has no weight decay at all, so none is asked for here."""
     training = trainer(tmp_path, name, learning_rate=1e-3, max_steps=2)

@@ -47,7 +47,7 @@ class Outcome:
     metrics: dict[str, float]
 
 
-Train = Callable[[str, float, float, OnStep], Outcome]  # optimizer's name, lr, weight decay
+Train = Callable[[str, float, float, OnStep, int], Outcome]  # optimizer's name, lr, weight decay, …, steps
 
 
 @dataclass
@@ -155,6 +155,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    title = f"Training loss (bold: mean of the last {SMOOTHING} steps). One seed: a demonstration, no benchmark."
     frameworks = list(dict.fromkeys(run.framework for run in runs))
     rows = math.ceil(len(frameworks) / 2)
     figure, axes = pyplot.subplots(rows, 2, figsize=(11, 4 * rows), squeeze=False, layout="constrained")
@@ -172,9 +173,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
         panel.legend()
     for panel in axes.flat[len(frameworks) :]:
         panel.set_axis_off()
-    figure.suptitle(
-        f"Training loss; bold: mean of the last {SMOOTHING} steps. One seed: a demonstration, no benchmark."
-    )
+    figure.suptitle(title)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

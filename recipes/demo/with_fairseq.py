@@ -19,7 +19,7 @@ from recipes.demo.report import OnStep, Outcome, Train, Used
 
 WORKLOAD = "Transformer (2+2 layers of 128), UI messages de→en"
 METRIC = "perplexity"
-STEPS = 400
+STEPS = 800
 MODEL = {
     "arch": "transformer",
     "encoder-layers": 2,
@@ -78,10 +78,10 @@ def train(
     lr: float,
     weight_decay: float,
     on_step: OnStep,
+    steps: int = STEPS,
     *,
     binary: Path,
     output: Path,
-    steps: int = STEPS,
 ) -> Outcome:
     """Run ``fairseq-train --optimizer`` with that name and read its log and its checkpoint."""
     shutil.rmtree(output, ignore_errors=True)
@@ -96,13 +96,12 @@ def train(
         "save-dir": output,
     }
     metrics = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(
         command("fairseq-train", {**MODEL, **SETUP, **options}, binary),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     ) as process:
         assert process.stdout is not None  # it is a pipe
         for line in process.stdout:
@@ -110,7 +109,7 @@ def train(
             tag, logged = read_log(line)
             if tag == "train_inner":
                 on_step(int(logged["num_updates"]), steps, float(logged["loss"]))
-            elif tag in SPLITS and f"{tag}_ppl" in logged:
+            elif tag in ("valid", "test"):
                 metrics[tag] = float(logged[f"{tag}_ppl"])
     if process.returncode != 0:
         raise RuntimeError(f"fairseq-train failed with exit code {process.returncode}")
@@ -127,9 +126,9 @@ def used_optimizer(checkpoint: Path) -> Used:
 
 
 def read_log(line: str) -> tuple[str, dict[str, Any]]:
-    """Tag and values of a line that fairseq logged in its JSON format; no values for other lines."""
+    """Tag and values of a line that ``fairseq-train`` logged of a step or an evaluation; no values of another line."""
     parts = line.split(" | ", maxsplit=3)
-    if len(parts) < 4 or not parts[3].startswith("{"):
+    if len(parts) < 4 or parts[2] not in ("train_inner", "valid", "test"):
         return "", {}
     return parts[2], json.loads(parts[3])
 
@@ -142,7 +141,7 @@ def command(tool: str, options: dict[str, Any], *positional: Path) -> list[str]:
     return [str(Path(sys.executable).with_name(tool)), *map(str, positional), *flags]
 
 
-def sub_words(texts: Sequence[str], vocabulary: int = 2000) -> Callable[[str], str]:
+def sub_words(texts: Sequence[str], vocabulary: int = 1000) -> Callable[[str], str]:
     """Learn a byte-pair encoding; returns the function that writes a text in it, ``wo@@ rd`` for a word in two."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,11 +50,11 @@ def train(
     lr: float,
     weight_decay: float,
     on_step: OnStep,
+    steps: int = STEPS,
     *,
     checkpoint: Path,
     messages: Sequence[Message],
     output: Path,
-    steps: int = STEPS,
 ) -> Outcome:
     """Fine-tune with the Trainer and the optimizer of that name; accuracy is in percent."""
     set_seed(0)
@@ -93,7 +94,7 @@ def train(
     return Outcome(Used.of(trainer.optimizer), metrics)
 
 
-def encode(tokenizer: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
+def encode(tokenizer: Any, messages: Sequence[Message]) -> Any:
     """Tokens of the English messages, 32 at most, and labels."""
     return [
         {**tokenizer(message.english, truncation=True, max_length=32), "label": PROJECTS.index(message.project)}
@@ -103,11 +104,11 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """In percent."""
-    right = prediction.predictions.argmax(axis=-1) == prediction.label_ids
-    return {"accuracy": 100 * float(right.mean())}
+    right = np.argmax(prediction.predictions, axis=-1) == prediction.label_ids
+    return {"accuracy": 100 * float(np.mean(right))}
 
 
-class Report(TrainerCallback):  # type: ignore[misc]
+class Report(TrainerCallback):
     """Hands the loss of each step on."""
 
     def __init__(self, on_step: OnStep) -> None:
