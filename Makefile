@@ -21,9 +21,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy sing_plugins integrations/sing_*
 
-# With the oldest versions that pyproject.toml admits, all at once. That torch has wheels for Python 3.10 to 3.12.
+# With the oldest versions that pyproject.toml admits, all at once. The tests that are left out are about Muon, the one
+# host for matrices only, which that torch does not have yet.
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -k 'not matrices_only'
 
 $(OLDEST)/ready: FLOORS = $(shell grep -oE '"(torch|transformers|timm|accelerate)>=[0-9.]+' pyproject.toml | \
 	sed 's/"//; s/>=/==/' | sort -u)

@@ -83,6 +83,14 @@ def parse_literal(value: object) -> Any:
         return value
 
 
+def parse_number(value: object) -> int | float:
+    """``"5"`` is a whole number, ``"0.9"`` is not."""
+    number = parse_literal(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError
+    return number
+
+
 def optional(parse: Callable[[object], Any]) -> Callable[[object], Any]:
     """``none`` and ``null`` are None."""
     return lambda value: None if value is None or str(value).lower() in ("none", "null") else parse(value)
@@ -302,6 +310,8 @@ def _parser_for(parameter: inspect.Parameter) -> Callable[[object], Any]:
         return parse_flag
     if isinstance(parameter.default, float):
         return parse_rate
+    if isinstance(parameter.default, int):  # 0 for a momentum that may well be 0.9
+        return parse_number
     if isinstance(parameter.default, tuple) and len(parameter.default) == 2:
         return parse_pair
     return parse_literal

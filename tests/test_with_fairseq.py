@@ -216,6 +216,7 @@ BAD = {
     "--sing-momentum 0.9": "Unknown option 'momentum' of sing. Valid: betas, centralize",
     "--sing-host sgd --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_sgd.",
     "--sing-host radam --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_radam. sing_radam is",
+    "--sing-host nag --sing-momentum much": "Invalid momentum: 'much' for sing_nag. Accepted: a number in [0, 1)",
     "--sing-host rprop --weight-decay 0.1": "Unknown option 'weight_decay' of sing_rprop.",
     "--weight-decay -1": "Invalid weight_decay: -1.0. Accepted: a finite number >= 0.",
     "--lr -1": "Invalid lr: -1.0. Accepted: a finite number >= 0",
@@ -358,6 +359,7 @@ def test_a_schedule_sets_the_lr_of_all_groups(build: Build) -> None:
 def test_float16_needs_whole_tensors(build: Build) -> None:
     with pytest.raises(ValueError, match="Invalid --fp16: with sing it needs --fp16-no-flatten-grads too"):
         build("--fp16")
+    assert not build("--fp16", "--fp16-no-flatten-grads").optimizer.supports_flat_params
 
 
 def test_master_copies_in_float32_keep_their_groups(build: Build) -> None:
@@ -586,7 +588,7 @@ def test_unpatch_leaves_no_trace_and_patching_twice_changes_nothing() -> None:
         sing_plugins.disable("fairseq")
         assert not sing_fairseq.is_patched()
         assert not any("sing" in name for name in (*OPTIMIZER_REGISTRY, *ConfigStore.instance().repo["optimizer"]))
-        assert not any("sing" in inspect.getsourcefile(f) for f in everything()[3:])
+        assert not any("sing_fairseq" in inspect.getsourcefile(f) for f in everything()[3:])
         bare = everything()
         sing_fairseq.unpatch()
         assert everything() == bare
