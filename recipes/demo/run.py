@@ -57,20 +57,20 @@ class Choice:
 
 PLAN: dict[str, tuple[Choice, Choice]] = {
     "timm": (
-        Choice("adamw", 1e-3, 0.05, (1e-3, 3e-3, 1e-2)),
-        Choice("sing_adamw", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
+        Choice("adamw", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
+        Choice("sing_adamw", 1e-1, 0.005, (1e-2, 3e-2, 1e-1)),
     ),
     "Accelerate": (
         Choice("adamw", 1e-2, 0.05, (3e-3, 1e-2, 3e-2)),
-        Choice("sing_adamw", 1e-1, 0.005, (3e-2, 1e-1, 3e-1)),
+        Choice("sing_adamw", 3e-2, 0.005, (3e-2, 1e-1, 3e-1)),
     ),
     "Transformers": (
         Choice("adamw_torch", 1e-4, 0.01, (3e-5, 1e-4, 3e-4)),
-        Choice("sing_adamw", 1e-3, 0.001, (3e-4, 1e-3, 3e-3)),
+        Choice("sing_adamw", 3e-3, 0.001, (3e-4, 1e-3, 3e-3)),
     ),
     "fairseq": (
         Choice("adam", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
-        Choice("sing", 3e-2, 0.005, (1e-2, 3e-2, 1e-1)),
+        Choice("sing", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
     ),
 }
 
