@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sing_plugins.standardize import is_dtensor
+
 ParamGroup = dict[str, Any]
+
+# With torch 2.9 sharded norms are off and Adafactor's factored moments become NaN without an error; 2.10 to 2.13 were
+# not tested.
+DTENSOR_SINCE = (2, 14)
 
 
 def _real(low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> Callable[[Any], bool]:
@@ -133,7 +139,7 @@ class WholeTensors:
         self._checked = False
 
     def check_whole(self, groups: list[ParamGroup]) -> None:
-        """Raise if a parameter is not the whole tensor that it was, or is marked as a piece.
+        """Raise if a parameter is not the whole tensor that it was, is a piece of it, or is sharded by an old torch.
 
         Raises:
             RuntimeError: says which sharding was found and what works instead.
@@ -148,6 +154,12 @@ class WholeTensors:
             raise RuntimeError(_SHARDED.format("FullyShardedDataParallel (FSDP1)"))
         if any(hasattr(param, "ds_id") for param in params):
             raise RuntimeError(_SHARDED.format("DeepSpeed ZeRO-3"))
+        if any(map(is_dtensor, params)) and _torch_release() < DTENSOR_SINCE:
+            raise RuntimeError(
+                f"SING is right on sharded tensors (DTensor) with torch {'.'.join(map(str, DTENSOR_SINCE))} and later, "
+                f"but torch {torch.__version__} is installed, whose arithmetic on them is wrong or was not tested. "
+                "Update torch, or use DDP or ZeroRedundancyOptimizer."
+            )
         shapes = [[param.shape for param in group["params"]] for group in groups]
         if shapes != self._declared:
             raise RuntimeError(
@@ -155,6 +167,10 @@ class WholeTensors:
                 + " To add parameters, use add_param_group."
             )
         self._checked = True
+
+
+def _torch_release() -> tuple[int, ...]:
+    return tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 _SHARDED = (

@@ -121,6 +121,21 @@ def fsdp2() -> None:
 
 
 @scenario
+def fsdp2_with_an_older_torch() -> None:
+    """Where its arithmetic on sharded tensors was not tested, SING refuses it."""
+    model, version = sharded(init_device_mesh("cpu", (2,))), torch.__version__
+    try:
+        torch.__version__ = "2.9.1+cpu"  # type: ignore[assignment]
+        run(model, NATIVE(model.parameters()), range(1), split=True)
+    except RuntimeError as error:
+        assert "torch 2.14 and later, but torch 2.9.1+cpu is installed" in str(error), error
+    else:
+        raise AssertionError("trained with an untested torch")
+    finally:
+        torch.__version__ = version
+
+
+@scenario
 def fsdp2_swapped_after_construction() -> None:
     """As Accelerate does it: the optimizer exists before the model is sharded, then gets the new parameters."""
     model = net()

@@ -14,6 +14,8 @@ OnStep = Callable[[int, int, float], None]  # step, of how many, loss
 
 EDGE = 10  # steps over which the first and the last loss are averaged
 SMOOTHING = 10  # steps of the moving average in the picture
+LOG_BELOW = 0.1  # a panel whose curves go below it has a logarithmic axis, …
+FLOOR = 1e-4  # … down to here
 COLUMNS = ("framework", "model, data", "optimizer", "class that trained", "lr", "loss first → last", "metric", "s/step")
 
 
@@ -166,9 +168,12 @@ def draw(runs: Sequence[Run], file: Path) -> None:
             panel.plot(steps, run.losses, color=color, alpha=0.2, linewidth=0.8)
             panel.plot(steps, smooth(run.losses), color=color, label=f"{run.optimizer}, lr {run.lr:g}")
             panel.set_title(f"{framework}: {run.workload}", fontsize=10)
+        lowest = min((loss for run in runs if run.framework == framework for loss in smooth(run.losses)), default=1.0)
         panel.set_xlabel("step")
-        panel.set_ylabel("training loss")
-        panel.set_yscale("log")
+        panel.set_ylabel("training loss" + f" (shown down to {FLOOR:g})" * (lowest < FLOOR))
+        if lowest < LOG_BELOW:
+            panel.set_yscale("log")
+            panel.set_ylim(bottom=max(lowest / 2, FLOOR))
         panel.grid(alpha=0.3)
         panel.legend()
     for panel in axes.flat[len(frameworks) :]:

@@ -28,12 +28,13 @@ from recipes.demo import data  # noqa: E402
 from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
 
 THREADS = 2
-# The same run everywhere: no accelerator, no hub. Threads that spin while they wait crawl where other programs run.
+# The same run everywhere: no accelerator, no hub. Threads that wait give way soon: by default they keep a core busy,
+# and where another program runs too, a step takes twenty times as long.
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "1000",
 }
 WITH_WHEELS = frozenset({"Transformers", "fairseq"})
 
