@@ -262,7 +262,7 @@ def create_optimizer(
 ) -> Optimizer:
     """Freeze, group and build: the whole of an adapter's work, for any training loop.
 
-    Everything is checked before the model is touched. Call it before the model is wrapped or sharded.
+    Where it raises, the model is as it was. Call it before the model is wrapped or sharded.
 
     Args:
         model: the model to train; normalization layers are frozen in place according to ``freeze``.
@@ -287,18 +287,24 @@ def create_optimizer(
         options["weight_decay"] = weight_decay
     typed = named.parse(options)
     freeze, decay_all = typed.pop("freeze"), typed.get("decay_all", False)
-    named.build([nn.Parameter(torch.zeros(1, 1))], **typed)  # raises here, before the model is touched
-    if groups is None:
-        groups = param_groups(
-            model, typed.get("weight_decay", 0.0), freeze, no_weight_decay=no_weight_decay, decay_all=decay_all
-        )
-    else:
-        groups = list(groups)
-        frozen = freeze_parameters(model, freeze)
-        trainable = ({**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups)
-        groups = split_decay(model, trainable, no_weight_decay, decay_all=decay_all)
-        log_groups(freeze, frozen, groups)
-    optimizer = named.build(groups, **typed)
+    named.build([nn.Parameter(torch.zeros(1, 1))], **typed)  # a bad value raises here, before anything is called
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        if groups is None:
+            groups = param_groups(
+                model, typed.get("weight_decay", 0.0), freeze, no_weight_decay=no_weight_decay, decay_all=decay_all
+            )
+        else:
+            groups = list(groups)
+            frozen = freeze_parameters(model, freeze)
+            left = ({**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups)
+            groups = split_decay(model, left, no_weight_decay, decay_all=decay_all)
+            log_groups(freeze, frozen, groups)
+        optimizer = named.build(groups, **typed)
+    except Exception:  # such as a host that does not take every parameter of this model
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
     if optimizer.defaults["lr"] is not None:  # timm's Adafactor finds its own
         hint_learning_rate(float(optimizer.defaults["lr"]), framework_lr)
     return optimizer

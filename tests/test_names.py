@@ -124,10 +124,11 @@ def test_unknown_options_and_bad_values_raise_and_say_what_is_valid(
         ({"name": "sing_sgd", "momentum": 0, "nesterov": "true"}, "Invalid nesterov"),
         ({"name": "sing_adam", "betas": "2:3"}, "Invalid beta parameter"),
         ({"typo": 1}, "Unknown option 'typo'"),
+        ({"name": "sing_muon"}, "Muon only supports 2D parameters"),
     ],
     ids=str,
 )
-def test_errors_come_before_the_model_is_touched(options: dict[str, Any], message: str) -> None:
+def test_errors_leave_the_model_as_it_was(options: dict[str, Any], message: str) -> None:
     net = model()
     with pytest.raises(ValueError, match=message):
         create_optimizer(net, **options)
