@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy sing_plugins integrations/sing_*
+	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes
 
 # With the oldest versions that pyproject.toml admits, all at once. Left out are the tests of what that torch cannot do:
 # Muon, the one host for matrices only, came later, and sharded tensors are refused before torch 2.14.

@@ -15,10 +15,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -26,6 +25,7 @@ if __name__ == "__main__":
 
 from recipes.demo import data  # noqa: E402
 from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
+from recipes.progress import Progress  # noqa: E402
 
 THREADS = 2
 # The same run everywhere: no accelerator, no hub. Threads that wait give way soon: by default they keep a core busy,
@@ -74,37 +74,6 @@ PLAN: dict[str, tuple[Choice, Choice]] = {
         Choice("sing", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
     ),
 }
-
-
-@dataclass
-class Progress:
-    """Shows where the demo is: a line that is rewritten on a terminal, a line every few seconds elsewhere."""
-
-    stream: TextIO
-    begin: float = field(default_factory=time.monotonic)
-    shown: float = 0.0
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        clear = "\r\x1b[K" if self.stream.isatty() else ""
-        print(f"{clear}[{self._clock()}] {text}", file=self.stream, flush=True)
-
-    def step(self, title: str, step: int, total: int, loss: float) -> None:
-        """A line that is passed over unless it is time for one."""
-        now = time.monotonic()
-        if now - self.shown < (0.2 if self.stream.isatty() else 5.0):
-            return
-        self.shown = now
-        bar = ("#" * (20 * step // total)).ljust(20, ".")
-        text = f"[{self._clock()}] {title}  [{bar}] step {step}/{total}  loss {loss:.3f}"
-        if self.stream.isatty():
-            print(f"\r{text}\x1b[K", end="", file=self.stream, flush=True)
-        else:
-            print(text, file=self.stream, flush=True)
-
-    def _clock(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)
-        return f"{minutes:02}:{seconds:02}"
 
 
 @contextmanager

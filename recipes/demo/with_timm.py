@@ -7,8 +7,8 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler import CosineLRScheduler  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -47,7 +47,7 @@ def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, 
     )
 
     for step, batch in zip(range(1, steps + 1), batches(len(images)), strict=False):
-        loss = cross_entropy(model(images[batch]), labels[batch])
+        loss: Tensor = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

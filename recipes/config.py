@@ -1,0 +1,160 @@
+"""What a run is: a task, a configuration file, one of the optimizers in it, a seed, and changes to all that.
+
+A configuration is ``recipes/TASK/configs/NAME.toml``. Its tables are the task's own (``data``, ``model``, ``train``),
+but for
+
+- ``[optimizer]``: ``lr``, ``weight_decay``, ``options`` and whatever else the task's optimizers share,
+- ``[optimizers.LABEL]``: what is different for one of them; ``opt``, the name that the framework is asked for, is the
+  label unless it says otherwise, and ``[optimizers.LABEL.train]`` changes entries of ``[train]``,
+- ``[tune]``: the grids of recipes/tune.py, which are no part of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).resolve().parent
+TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("*/configs")))
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run's outcome depends on, but for the machine and the versions.
+
+    Attributes:
+        task: one of :data:`TASKS`.
+        config: the configuration's name.
+        label: of the optimizer in the configuration.
+        seed: of weights, order and noise; the data set has a seed of its own.
+        tables: the configuration's tables with the optimizer's changes; ``optimizer`` and ``tune`` among them.
+        changes: what was changed in them, as it was asked for.
+    """
+
+    task: str
+    config: str
+    label: str
+    seed: int
+    tables: dict[str, Table]
+    changes: tuple[str, ...] = ()
+
+    def __getitem__(self, table: str) -> Table:
+        return self.tables.get(table, {})
+
+    @property
+    def optimizer(self) -> Table:
+        return self.tables["optimizer"]
+
+    def as_json(self) -> dict[str, Any]:
+        """What a record keeps: all but the grids of the tuning."""
+        tables = {name: table for name, table in self.tables.items() if name != "tune"}
+        return {"task": self.task, "config": self.config, "label": self.label, "seed": self.seed, **tables}
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of recipes/run.py, for this run."""
+        changes = [argument for change in self.changes for argument in ("--set", change)]
+        return [self.task, self.config, "--optimizer", self.label, "--seed", str(self.seed), *changes]
+
+    @property
+    def study(self) -> str:
+        """A name for the tuning of this optimizer, different for different settings."""
+        tables = {name: {**table} for name, table in self.as_json().items() if isinstance(table, dict)}
+        for tuned in ("lr", "weight_decay"):
+            tables["optimizer"].pop(tuned)
+        return f"{self.task}-{self.config}-{self.label}-{_digest(tables)}"
+
+    @property
+    def stem(self) -> str:
+        """A name for the run's files, different for different settings."""
+        lr, decay = self.optimizer["lr"], self.optimizer["weight_decay"]
+        return f"{self.label}-lr{lr:g}-wd{decay:g}-seed{self.seed}-{_digest(self.as_json())}"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load(task: str, config: str, label: str | None = None, seed: int = 0, changes: Iterable[str] = ()) -> Settings:
+    """Read a configuration.
+
+    Args:
+        task: one of :data:`TASKS`.
+        config: a name in the task's ``configs``, or a path to a ``.toml`` file.
+        label: an optimizer of the configuration; None for its first.
+        seed: see :class:`Settings`.
+        changes: ``"table.key=value"``, with a value as in TOML; what is no TOML is a string.
+
+    Raises:
+        ValueError: no such task, configuration, optimizer or key; lists those that there are.
+    """
+    name, tables = _read(task, config)
+    shared, optimizers = tables.pop("optimizer", {}), tables.pop("optimizers", {})
+    label = next(iter(optimizers)) if label is None else label
+    if label not in optimizers:
+        raise ValueError(f"Invalid --optimizer: {label!r}. {task} {name} has {', '.join(optimizers)}.")
+    optimizer: Table = {"opt": label, "options": {}, **shared}
+    for key, value in optimizers[label].items():
+        if isinstance(value, Mapping) and key != "options":
+            tables.setdefault(key, {}).update(value)
+        else:
+            optimizer[key] = value
+    settings = Settings(task, name, label, seed, {**tables, "optimizer": optimizer}, tuple(changes))
+    for change in settings.changes:
+        _change(settings, change)
+    return settings
+
+
+def labels(task: str, config: str) -> list[str]:
+    """The optimizers of a configuration."""
+    return list(_read(task, config)[1].get("optimizers", {}))
+
+
+def _read(task: str, config: str) -> tuple[str, dict[str, Table]]:
+    if task not in TASKS:
+        raise ValueError(f"Invalid TASK: {task!r}. Accepted: {', '.join(TASKS)}.")
+    folder = RECIPES / task / "configs"
+    file = Path(config) if config.endswith(".toml") else folder / f"{config}.toml"
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+        raise ValueError(f"Invalid CONFIG: {config!r}. {task} has {names}; a path to a .toml file is accepted too.")
+    return file.stem, tomllib.loads(file.read_text())
+
+
+def _change(settings: Settings, change: str) -> None:
+    path, equals, text = change.partition("=")
+    *parents, key = path.strip().split(".")
+    table: Any = settings.tables
+    for parent in parents:
+        table = table.get(parent, {}) if isinstance(table, dict) else {}
+    open_ended = parents == ["optimizer", "options"]
+    if not (equals and parents and isinstance(table, dict) and (key in table or open_ended)):
+        keys = [f"{name}.{key}" for name, entries in settings.tables.items() for key in entries]
+        raise ValueError(f"Invalid --set: {change!r}. Expected key=value with one of {', '.join(keys)}.")
+    value = parse_value(text)
+    was = table.get(key)
+    if isinstance(was, (int, float)) and not isinstance(was, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"Invalid --set: {change!r}. {path} is a number, such as {was!r}.")
+        value = float(value) if isinstance(was, float) else value
+    table[key] = value
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML writes it, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
