@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ class Data:
         else:
             drawn = rectangles.draw(self.train + self.valid + self.test, self.size, self.rectangles, self.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial_file = file.with_suffix(".partial.npz")
+            partial_file = file.with_suffix(f".{os.getpid()}.npz")  # several runs may be drawing
             np.savez(partial_file, grey=drawn.grey, owner=drawn.owner, height=drawn.height)
             partial_file.replace(file)
         ends = (0, self.train, self.train + self.valid, self.train + self.valid + self.test)
