@@ -1,0 +1,186 @@
+"""Fetch a data set, or see which there are.
+
+    python recipes/data.py --list
+    python recipes/data.py office-help fashion-mnist --data FOLDER
+
+Whatever is downloaded is checked against the sha256 that is recorded here or in the task's ``data.py``. A run fetches
+what it needs by itself; this command is for machines whose nodes for computing have no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+
+from recipes.config import RECIPES
+
+DEBIAN = "https://deb.debian.org/debian/pool/main"
+SNAPSHOT = "https://snapshot.debian.org/archive/debian/20260101T000000Z/pool/main"
+TIMEOUT = 60  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file somewhere on the net.
+
+    Attributes:
+        urls: where it is, in the order in which they are tried.
+        sha256: of its content.
+    """
+
+    urls: tuple[str, ...]
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.urls[0].rpartition("/")[2]
+
+    @classmethod
+    def debian(cls, path: str, sha256: str) -> Download:
+        """A package of Debian's; ``path`` is below ``pool/main``. Debian's archive keeps what its mirrors drop."""
+        return cls((f"{DEBIAN}/{path}", f"{SNAPSHOT}/{path}"), sha256)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that can be fetched.
+
+    Attributes:
+        about: what it is and where it is from.
+        prepare: ``"module:function"``; the function takes the folder of all data sets and returns the files of this
+            one, which it makes unless they are there.
+        stands_in_for: the paper's data set that it replaces where that one cannot be had; empty if it is the paper's.
+    """
+
+    about: str
+    prepare: str
+    stands_in_for: str = ""
+
+    def fetch(self, folder: Path) -> Path:
+        module, _, function = self.prepare.partition(":")
+        path: Path = getattr(import_module(module), function)(folder)
+        return path
+
+
+DATA_SETS: dict[str, DataSet] = {}
+
+
+def fetch(download: Download, folder: Path) -> Path:
+    """The file, from the folder's ``downloads`` or else from the net.
+
+    Args:
+        download: what is wanted.
+        folder: of all data sets.
+
+    Raises:
+        SystemExit: it cannot be had, or is not what it should be; says what to do.
+    """
+    file = folder / "downloads" / download.name
+    if file.exists() and sha256(file) == download.sha256:
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for url in download.urls:
+        partial = temporary(file)
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as content:
+                shutil.copyfileobj(answer, content)
+            found = sha256(partial)
+            if found == download.sha256:
+                partial.replace(file)
+                return file
+            problems.append(f"{url} has the sha256 {found}")
+        except (OSError, urllib.error.URLError) as error:
+            problems.append(f"{url}: {error}")
+        finally:
+            partial.unlink(missing_ok=True)
+    raise SystemExit(
+        f"{download.name} could not be downloaded ({'; '.join(problems)}). Where there is a network, run\n"
+        f"  curl -L -o {download.name} {download.urls[0]}\n"
+        f"and put the file, whose sha256 must be {download.sha256}, into {file.parent}."
+    )
+
+
+def temporary(file: Path) -> Path:
+    """A name for what will be this file when it is complete; several processes may be at it at once."""
+    return file.with_name(f"{file.name}.{os.getpid()}.part")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_deb(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """The files in a Debian package, without installing it.
+
+    Args:
+        package: a ``.deb`` file.
+        wanted: of a path such as ``usr/share/doc/x``, whether it is wanted.
+
+    Yields:
+        Path and content, in the package's order.
+
+    Raises:
+        ValueError: it is no Debian package.
+    """
+    with tarfile.open(fileobj=io.BytesIO(_data_archive(package.read_bytes()))) as archive:
+        for member in archive:
+            name = member.name.removeprefix("./")
+            content = archive.extractfile(member) if member.isfile() and wanted(name) else None
+            if content is not None:
+                yield name, content.read()
+
+
+def _data_archive(package: bytes) -> bytes:
+    """The member ``data.tar.*`` of an ar archive: a magic line, then headers of 60 bytes, each before its content."""
+    if not package.startswith(b"!<arch>\n"):
+        raise ValueError("Not a Debian package: it is no ar archive.")
+    at = 8
+    while at < len(package):
+        name, size = package[at : at + 16].decode().strip(), int(package[at + 48 : at + 58])
+        content = package[at + 60 : at + 60 + size]
+        if name.startswith("data.tar"):
+            return content
+        at += 60 + size + size % 2
+    raise ValueError("Not a Debian package: it has no data.tar.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="see --list")
+    parser.add_argument("--list", action="store_true", help="tell which data sets there are")
+    parser.add_argument("--data", type=Path, default=RECIPES.parent / "data", metavar="FOLDER", help="%(default)s")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in DATA_SETS]
+    if unknown or not (options.names or options.list):
+        parser.error(f"Invalid NAME: {', '.join(unknown) or 'none given'}. Accepted: {', '.join(DATA_SETS)}.")
+    if options.list:
+        for name, data_set in DATA_SETS.items():
+            role = f"stands in for {data_set.stands_in_for}" if data_set.stands_in_for else "the paper's"
+            print(f"{name:16} {role:28} {data_set.about}")
+    for name in options.names:
+        print(f"{name}: {DATA_SETS[name].fetch(options.data.resolve())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
