@@ -76,7 +76,17 @@ class DataSet:
         return path
 
 
-DATA_SETS: dict[str, DataSet] = {}
+DATA_SETS: dict[str, DataSet] = {
+    "iwslt14": DataSet(
+        "160,000 sentences of TED talks, German and English; evaluation campaign of 2014",
+        "recipes.iwslt14.data:fetch_iwslt14",
+    ),
+    "office-help": DataSet(
+        "the help pages of LibreOffice 7.4, German and English; out of Debian's packages",
+        "recipes.iwslt14.data:fetch_office_help",
+        "iwslt14",
+    ),
+}
 
 
 def fetch(download: Download, folder: Path) -> Path:
