@@ -161,7 +161,7 @@ class Tools:
 
 
 def optimizer_flags(table: Mapping[str, Any]) -> dict[str, Any]:
-    """fairseq's flags for the table ``[optimizer]``: an option is ``--adam-betas`` for adam, ``--sing-eps`` for sing."""
+    """fairseq's flags for the table ``[optimizer]``: options are ``--adam-betas`` for adam, ``--sing-eps`` for sing."""
     prefix = table["opt"].partition("_")[0]
     options = {f"{prefix}_{key}": str(value) for key, value in table["options"].items()}
     return {"optimizer": table["opt"], "lr": table["lr"], "weight_decay": table["weight_decay"], **options}
