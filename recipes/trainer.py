@@ -4,7 +4,7 @@ A script is a :class:`Script` and a call of :func:`finetune`; it takes TrainingA
 command line. A run gives it a command line that was made from a configuration (:func:`arguments_of`):
 
 - ``[data]``: ``name``, a data set of recipes/data.py or else of the Hugging Face hub; the rest are arguments of the
-  script, such as ``held_out``.
+  script, such as ``held_out``, or ``train_file`` and ``test_file`` where there is no name.
 - ``[model]``: ``name``, a model of recipes/data.py or else of the hub, or a folder.
 - ``[train]``: arguments of the script and TrainingArguments under their own names, but for ``batch_size``, which is
   that of all processes together.
@@ -282,7 +282,7 @@ def train(run: Run, script: Script) -> Outcome:
     """
     output = run.work / "trainer"
     arguments = arguments_of(script, run.settings, run.data, output)
-    for name in (run.settings["data"]["name"], run.settings["model"]["name"]):
+    for name in (run.settings[table].get("name") for table in ("data", "model")):
         if name in DATA_SETS:
             DATA_SETS[name].fetch(run.data)
     if run.resumed:
@@ -315,9 +315,9 @@ def arguments_of(script: Script, settings: Settings, data: Path, output: Path) -
         ValueError: an unknown entry of a table, or a batch that the processes cannot share.
     """
     table = dict(settings["data"])
-    name = table.pop("name")
+    name = table.pop("name", None)
     files = {f"{split}_file": data / file for split, file in script.files.get(name, {}).items()}
-    given: dict[str, Any] = {**(files or {"dataset": name}), **table}
+    given: dict[str, Any] = {**(files or ({"dataset": name} if name else {})), **table}
     model = dict(settings["model"])
     name = model.pop("name")
     given |= {"model_name_or_path": data / MODELS[name] if name in MODELS else name, **model}
