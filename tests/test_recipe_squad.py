@@ -1,4 +1,4 @@
-"""The recipe squad: metrics and windows by hand, stand-in data, and runs with a tiny BERT: exact resume, two processes."""
+"""The recipe squad: metrics and windows by hand, stand-in data, runs with a tiny BERT: exact resume, two processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,16 @@ FILES = {"train": "train-v1.1.json", "test": "dev-v1.1.json"}
 
 def start(tiny: Path, results: str, *more: str) -> int:
     folder = tiny.parent
-    line = ["squad", str(tiny), "--data", str(folder), "--work", str(folder / "work"), "--results", str(folder / results)]
+    line = [
+        "squad",
+        str(tiny),
+        "--data",
+        str(folder),
+        "--work",
+        str(folder / "work"),
+        "--results",
+        str(folder / results),
+    ]
     return run.main([*line, *more])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 import re
@@ -76,13 +77,13 @@ def read(file: Path) -> list[Row]:
     Raises:
         ValueError: a column is missing.
     """
-    text = file.read_text(encoding="utf-8")
+    text = file.read_bytes().decode()
     if file.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     elif text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     missing = [column for column in COLUMNS[1:] if rows and column not in rows[0]]
     if missing:
         raise ValueError(f"Invalid file: {file} has no {', '.join(missing)}. Expected: {', '.join(COLUMNS[1:])}.")
@@ -125,7 +126,7 @@ def _write(folder: Path, name: str, make: Any) -> Path:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split, rows in make().items():
             partial = temporary(files[split])
-            partial.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+            partial.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
             partial.replace(files[split])
     return folder / name
 
