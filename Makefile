@@ -35,6 +35,9 @@ $(OLDEST)/ready: FLOORS = $(shell grep -oE '"(torch|transformers|timm|accelerate
 	@command -v $${CXX:-c++} > /dev/null || { echo 'A C++ compiler is needed to build fairseq, such as g++.'; exit 1; }
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install $(BUILD_TOOLS) $(FLOORS)
+	@# The fairseq of Python 3.10: newer pips refuse its metadata, and where its build sees torch it misses a file.
+	if $*/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then \
+		$*/bin/python -m pip install 'pip<24.1' && $*/bin/python -m pip install 'fairseq>=0.12.2'; fi
 	$*/bin/python -m pip install --no-build-isolation --editable '.[all,dev]' $(FLOORS)
 	touch $@
 
