@@ -24,7 +24,7 @@ PACKAGES = (
     *("pytorch_optimizer", "torchvision", "datasets", "evaluate", "sacrebleu"),
 )
 
-_NUMBERS = re.compile(r"\[\s+[-\d.]+(?:[eE][+-]?\d+)?(?:,\s+[-\d.]+(?:[eE][+-]?\d+)?)*\s+\]")
+_NUMBERS = re.compile(r"\[\n\s+[-\d.]+(?:[eE][+-]?\d+)?(?:,\s+[-\d.]+(?:[eE][+-]?\d+)?)*\s+\]")
 
 
 class DivergenceError(Exception):
