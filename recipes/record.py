@@ -140,9 +140,9 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 
 def read_all(task: str, config: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """The records of a configuration, sorted by file name."""
+    """The records of a configuration, sorted by file name, which is added as ``stem``."""
     files = sorted(results_folder(task, config, folder).glob("*.json"))
-    return [json.loads(file.read_text()) for file in files]
+    return [{**json.loads(file.read_text()), "stem": file.stem} for file in files]
 
 
 def results_folder(task: str, config: str, folder: Path | None = None) -> Path:
