@@ -60,7 +60,8 @@ class Curve:
         if not abs(loss) < float("inf"):
             raise DivergenceError(f"the loss of step {step} of {total} is {loss}")
         if len(self.recent) >= SPIKE_WINDOW // 2:
-            high = loss > SPIKE_FACTOR * statistics.median(self.recent)
+            median = statistics.median(self.recent)
+            high = loss > SPIKE_FACTOR * median > 0  # a loss that can be negative has no spikes
             if high and not self.spiking:
                 self.spikes.append(step)
             self.spiking = high

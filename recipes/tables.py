@@ -113,7 +113,7 @@ def verdict(one: Sequence[float], other: Sequence[float], *, higher_is_better: b
 
 
 HEADER = (
-    *("optimizer", "lr", "weight decay", "valid, seed 0", "test, mean (lowest–highest of the seeds)", "against"),
+    *("optimizer", "lr", "weight decay", "valid, seed 0", "test: mean (range)", "against"),
     *("spikes a run", "highest stable lr", "runs", "s a run", "paper"),
 )
 
