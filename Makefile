@@ -22,10 +22,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes
 
 # With the oldest versions that pyproject.toml admits, all at once. Left out are the tests of what that torch cannot do:
-# Muon, the one host for matrices only, came later, and sharded tensors are refused before torch 2.14.
+# Muon came later to torch and to timm, and sharded tensors are refused before torch 2.14.
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) \
-		-k 'not matrices_only and not two_processes and not a_wrapped_model_is_refused'
+		-k 'not matrices_only and not optimizer_of_rde and not two_processes and not a_wrapped_model_is_refused'
 
 $(OLDEST)/ready: FLOORS = $(shell grep -oE '"(torch|transformers|timm|accelerate)>=[0-9.]+' pyproject.toml | \
 	sed 's/"//; s/>=/==/' | sort -u)
