@@ -76,7 +76,14 @@ class DataSet:
         return path
 
 
-DATA_SETS: dict[str, DataSet] = {}
+DATA_SETS: dict[str, DataSet] = {
+    "cifar100": DataSet("60,000 photographs of 32x32, 100 classes, from Toronto", "recipes.cifar100.data:cifar100"),
+    "fashion-mnist": DataSet(
+        "70,000 grey pictures of clothes, 28x28, 10 classes, from Debian",
+        "recipes.cifar100.data:fashion_mnist",
+        "CIFAR100",
+    ),
+}
 
 
 def fetch(download: Download, folder: Path) -> Path:
