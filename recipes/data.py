@@ -99,6 +99,12 @@ DATA_SETS: dict[str, DataSet] = {
         "recipes.minilm:prepare",
         stands_in_for="bert-base-uncased, roberta-base",
     ),
+    "cifar100": DataSet("60,000 photographs of 32x32, 100 classes, from Toronto", "recipes.cifar100.data:cifar100"),
+    "fashion-mnist": DataSet(
+        "70,000 grey pictures of clothes, 28x28, 10 classes, from Debian",
+        "recipes.cifar100.data:fashion_mnist",
+        "CIFAR100",
+    ),
 }
 
 
