@@ -1,4 +1,4 @@
-"""The recipe squad: metrics and windows by hand, stand-in data, runs with a tiny BERT: exact resume, two processes."""
+"""The recipe squad: metrics and windows by hand, stand-in data, runs with a tiny BERT (exact resume, two processes)."""
 
 from __future__ import annotations
 
