@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recipes.tables import PERCENT, Runs
+from recipes.tables import TO_PERCENT, Runs
 
 STYLE: Any = {
     "svg.hashsalt": "sing-plugins",
@@ -72,7 +72,7 @@ def draw_maps(
 ) -> None:
     """The validation metric of every tuning run, by learning rate and weight decay; the best has a frame."""
     shown = [label for label in labels if label in found]
-    scale = (100 if metric in PERCENT else 1) * (1 if higher_is_better else -1)
+    scale = TO_PERCENT.get(metric, 1) * (1 if higher_is_better else -1)
     with plt.rc_context(STYLE):
         figure, every = grid(len(shown), MAPS_A_ROW, 2.9, 2.3)
         for axes, label in zip(every, shown, strict=True):

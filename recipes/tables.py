@@ -16,7 +16,7 @@ from recipes.tune import Point, best, score
 
 SEEDS = 3  # that a comparison needs
 STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
-PERCENT = frozenset({"accuracy", "f1", "em"})
+TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
 
 Record = Mapping[str, Any]
 
@@ -163,7 +163,7 @@ def table(
 def _values(values: Sequence[float], metric: str) -> str:
     if not values:
         return "diverged"
-    scale, digits, unit = (100, 1, " %") if metric in PERCENT else (1, 2, "")
+    scale, digits, unit = (TO_PERCENT[metric], 1, " %") if metric in TO_PERCENT else (1, 2, "")
     low, mean, high = (scale * of(values) for of in (min, statistics.fmean, max))
     spread = f" ({low:.{digits}f}–{high:.{digits}f})" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{unit}{spread}"
