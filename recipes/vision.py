@@ -128,6 +128,30 @@ def create_optimizer(model: nn.Module, table: Mapping[str, Any]) -> Optimizer:
     raise ValueError(f"Invalid optimizer.library: {library!r}. Accepted: timm, pytorch_optimizer.")
 
 
+def hold_out(count: int, valid: int, seed: int, train: int | None = None) -> tuple[Tensor, Tensor]:
+    """Take a validation set out of a training set, at random.
+
+    Args:
+        count: of samples in the training set.
+        valid: how many are held out; 0 is accepted.
+        seed: of the choice.
+        train: how many are kept for training; None for all that are left.
+
+    Returns:
+        Indices of the samples that are kept, and of those that are held out, in ascending order.
+
+    Raises:
+        ValueError: there are not as many samples, or none would be left.
+    """
+    kept = count - valid if train is None else train
+    if not (valid >= 0 and 0 < kept <= count - valid):
+        raise ValueError(
+            f"Invalid data.train, data.valid: {train}, {valid}. There are {count} samples for both of them."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[valid : valid + kept].sort().values, order[:valid].sort().values
+
+
 def commands(settings: Settings, data: Path) -> list[list[str]]:
     """How the same is started by Accelerate, on as many GPUs as it was configured for."""
     return [["accelerate", "launch", "recipes/run.py", *settings.arguments, "--data", str(data)]]
@@ -150,7 +174,7 @@ def fit(
         train_set: the training set.
         loss: of a batch, a scalar; applies the model, and augments if it wants to.
         measure: metric → its values, one for each sample of a batch; the mean over the samples is reported.
-        held_out: split → data set; ``"valid"`` is evaluated on the way.
+        held_out: split → data set; ``"valid"``, if it is there, is evaluated on the way.
         panels: what the figures need, from the trained model.
     """
     training = Training(**run.settings["train"])
@@ -167,6 +191,7 @@ def fit(
     used = class_name(optimizer)
     model, optimizer, loader = accelerator.prepare(model, optimizer, _loader(train_set, training, shuffle=True))
     loaders = {split: accelerator.prepare(_loader(dataset, training)) for split, dataset in held_out.items()}
+    on_the_way = {split: loader for split, loader in loaders.items() if split == "valid"}
     total = training.epochs * len(loader)
     scheduler = schedule(optimizer, training, total)
     accelerator.register_for_checkpointing(scheduler)
@@ -187,8 +212,8 @@ def fit(
             scheduler.step()
             run.step(epoch * len(loader) + position, total, accelerator.reduce(value.detach(), "mean").item())
         done = (epoch + 1) * len(loader)
-        if (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs:
-            run.evaluation(done, evaluate(accelerator, model, {"valid": loaders["valid"]}, measure))
+        if on_the_way and ((epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs):
+            run.evaluation(done, evaluate(accelerator, model, on_the_way, measure))
         if epoch + 1 < training.epochs:
             accelerator.save_state(str(run.work / "state"))
             run.checkpointed(done)

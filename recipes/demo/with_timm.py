@@ -47,9 +47,9 @@ def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, 
     )
 
     for step, batch in zip(range(1, steps + 1), batches(len(images)), strict=False):
-        loss: Tensor = cross_entropy(model(images[batch]), labels[batch])
+        loss = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step_update(step)
         on_step(step, steps, loss.item())

@@ -44,7 +44,8 @@ class Point(nn.Module):
 
 
 def train(run: Run) -> Outcome:
-    """Descend; metrics: the function's ``value`` where the descent ends, and that ``place``."""
+    """Descend; metrics: the function's ``value`` where the descent ends, and that ``place``. There is no sampling, so
+    both splits have the same."""
     training = vision.Training(**run.settings["train"])
     point = Point()
     optimizer = vision.create_optimizer(point, run.settings.optimizer)
@@ -58,6 +59,6 @@ def train(run: Run) -> Outcome:
         scheduler.step()
         run.step(step, training.epochs, value.item())
         path.append(round(point.x.item(), 5))
-    metrics = {"value": point().item(), "place": point.x.item()}
-    run.evaluation(training.epochs, {f"valid {name}": value for name, value in metrics.items()})
-    return Outcome({f"test {name}": value for name, value in metrics.items()}, class_name(optimizer), {"path": path})
+    found = {"value": point().item(), "place": point.x.item()}
+    metrics = {f"{split} {name}": value for split in ("valid", "test") for name, value in found.items()}
+    return Outcome(metrics, class_name(optimizer), {"path": path})

@@ -78,11 +78,11 @@ def draw(count: int, size: int, rectangles: int, seed: int) -> Pictures:
     for index in range(count):
         while True:
             boxes = _boxes(random, size, rectangles)
-            owner[index] = _paint(boxes, size)
-            heights = _heights(owner[index], boxes)
-            if heights is not None:
+            owner[index] = paint(boxes, size)
+            found = heights(owner[index], boxes)
+            if found is not None:
                 break
-        height[index] = heights
+        height[index] = found
         grey[index] = np.concatenate(([0.0], random.permutation(shades)))[owner[index]]
     return Pictures(grey, owner, height)
 
@@ -95,15 +95,20 @@ def _boxes(random: np.random.Generator, size: int, rectangles: int) -> NDArray[n
     return np.concatenate((corners, corners + sides), axis=1)
 
 
-def _paint(boxes: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+def paint(boxes: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """The rectangle that each pixel shows, as in :class:`Pictures`."""
     owner = np.zeros((size, size), np.uint8)
     for index, (top, left, bottom, right) in enumerate(boxes, 1):
         owner[top:bottom, left:right] = index
     return owner
 
 
-def _heights(owner: NDArray[np.uint8], boxes: NDArray[np.int64]) -> NDArray[np.uint8] | None:
+def heights(owner: NDArray[np.uint8], boxes: NDArray[np.int64]) -> NDArray[np.uint8] | None:
     """Each rectangle's height, None if the picture does not tell.
+
+    Args:
+        owner: the rectangle that each pixel shows, as in :class:`Pictures`.
+        boxes: top, left, bottom, right of each rectangle, the last one on top; ends are exclusive.
 
     That is where a rectangle shows too little of itself, where two touch without overlapping, so that they look as if
     one lay on the other, and where nothing lies on anything, so that there is nothing to be found out.
@@ -120,7 +125,7 @@ def _heights(owner: NDArray[np.uint8], boxes: NDArray[np.int64]) -> NDArray[np.u
     touch = touch[1:, 1:]
     if (touch & ~overlap).any():
         return None
-    heights = np.zeros(kinds, np.uint8)
+    found = np.zeros(kinds, np.uint8)
     for index in range(len(boxes)):
-        heights[index + 1] = 1 + max(heights[1 : index + 1][touch[index, :index]], default=0)
-    return heights if heights.max() > 1 else None
+        found[index + 1] = 1 + max(found[1 : index + 1][touch[index, :index]], default=0)
+    return found if found.max() > 1 else None

@@ -1,0 +1,142 @@
+"""Extractive question answering: SQuAD v1.1, and questions to LibreOffice's help in SQuAD's format."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes import office_help
+from recipes.data import Download, fetch, temporary
+from recipes.office_help import Paragraph
+
+_SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
+SQUAD = {
+    "train": Download((_SQUAD.format("train"),), "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+    "test": Download((_SQUAD.format("dev"),), "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
+}
+OFFICE_HELP_QA = "office-help-qa"
+# data set -> split -> file in the folder of all data sets
+FILES: dict[str, dict[str, str]] = {
+    "squad": {split: f"downloads/{download.name}" for split, download in SQUAD.items()},
+    OFFICE_HELP_QA: {split: f"{OFFICE_HELP_QA}/{split}.json" for split in ("train", "validation", "test")},
+}
+
+SHARE = 0.1  # of the pages, for validation and for test each
+SEED = 0
+CONTEXT_WORDS = 60  # that a context has at most
+ANSWER_WORDS = range(3, 21)
+PARAGRAPH_WORDS = 4  # that a paragraph beside the answer's has at least
+_SENTENCE = re.compile(r".+?[.!?](?=\s+[A-Z(\"“]|\s*$)")
+
+Article = dict[str, Any]  # as in SQuAD's files: title, paragraphs
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The questions of a file in SQuAD's format, as the hub's data set has them.
+
+    Returns:
+        ``id``, ``title``, ``context``, ``question`` and ``answers`` with lists ``text`` and ``answer_start``.
+    """
+    return [
+        {
+            "id": asked["id"],
+            "title": article.get("title", ""),
+            "context": paragraph["context"],
+            "question": asked["question"],
+            "answers": {key: [answer[key] for answer in asked["answers"]] for key in ("text", "answer_start")},
+        }
+        for article in json.loads(file.read_text(encoding="utf-8"))["data"]
+        for paragraph in article["paragraphs"]
+        for asked in paragraph["qas"]
+    ]
+
+
+def prepare_squad(folder: Path) -> Path:
+    """Download SQuAD's two files; returns the folder that they are in."""
+    return {split: fetch(download, folder) for split, download in SQUAD.items()}["train"].parent
+
+
+def prepare_office_help_qa(folder: Path) -> Path:
+    """Make the three files of questions to LibreOffice's help, split by page; returns their folder."""
+    target = folder / OFFICE_HELP_QA
+    files = {split: folder / name for split, name in FILES[OFFICE_HELP_QA].items()}
+    if not all(file.exists() for file in files.values()):
+        target.mkdir(parents=True, exist_ok=True)
+        articles = list(filter(None, (ask(*page) for page in sorted(office_help.read("en", folder).items()))))
+        for split, part in split_articles(articles).items():
+            partial = temporary(files[split])
+            partial.write_text(json.dumps({"version": OFFICE_HELP_QA, "data": part}, indent=0), encoding="utf-8")
+            partial.replace(files[split])
+    return target
+
+
+def split_articles(articles: Sequence[Article]) -> dict[str, list[Article]]:
+    """Shuffled; :data:`SHARE` for validation and for test each, the rest for training."""
+    shuffled = random.Random(SEED).sample(articles, len(articles))
+    held_out = round(SHARE * len(articles))
+    return {
+        "validation": shuffled[:held_out],
+        "test": shuffled[held_out : 2 * held_out],
+        "train": shuffled[2 * held_out :],
+    }
+
+
+def ask(page: str, paragraphs: Iterable[Paragraph]) -> Article | None:
+    """The questions to one page: a heading asks, the first sentence below it answers.
+
+    The context is the answer's paragraph and others of the same page, without the headings and in an order of chance:
+    in the page's own order, the answer would be at the beginning too often.
+
+    Args:
+        page: the page's path.
+        paragraphs: the page's paragraphs and headings.
+
+    Returns:
+        None where the page has no question whose answer has to be found.
+    """
+    chance = random.Random(f"{SEED} {page}")
+    sections = _sections(paragraphs)
+    texts = dict.fromkeys(text for _, section in sections for text in section if len(text.split()) >= PARAGRAPH_WORDS)
+    times = Counter(heading for heading, _ in sections)
+    asked = []
+    for number, (heading, section) in enumerate(sections):
+        answer = _first_sentence(section[0]) if section else ""
+        if times[heading] > 1 or len(answer.split()) not in ANSWER_WORDS:
+            continue
+        context = _context(section[0], [text for text in texts if answer not in text], chance)
+        if context:
+            answers = [{"text": answer, "answer_start": context.index(answer)}]
+            qas = [{"id": f"{page}#{number}", "question": heading, "answers": answers}]
+            asked.append({"context": context, "qas": qas})
+    return {"title": page, "paragraphs": asked} if asked else None
+
+
+def _sections(paragraphs: Iterable[Paragraph]) -> list[tuple[str, list[str]]]:
+    """Headings, each with the texts below it."""
+    found: list[tuple[str, list[str]]] = []
+    for paragraph in paragraphs:
+        if paragraph.tag != "p":
+            found.append((paragraph.text, []))
+        elif found:
+            found[-1][1].append(paragraph.text)
+    return found
+
+
+def _first_sentence(text: str) -> str:
+    match = _SENTENCE.match(text)
+    return match[0] if match else ""
+
+
+def _context(paragraph: str, others: Sequence[str], chance: random.Random) -> str:
+    """The paragraph among others, as many as :data:`CONTEXT_WORDS` allow; empty where there is not even one."""
+    chosen, room = [paragraph], CONTEXT_WORDS - len(paragraph.split())
+    for text in chance.sample(others, len(others)):
+        if len(text.split()) <= room:
+            chosen.append(text)
+            room -= len(text.split())
+    return " ".join(chance.sample(chosen, len(chosen))) if len(chosen) > 1 and room >= 0 else ""

@@ -1,0 +1,134 @@
+"""Write the tables and figures of every task's README anew, from the records.
+
+    python recipes/summarize.py [TASK ...]
+
+Between ``<!-- results -->`` and ``<!-- end of results -->``, a README is this program's; the rest is its authors'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+
+from recipes import config, figures, tables
+from recipes.config import RECIPES
+from recipes.record import results_folder
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What there is to tell about one configuration.
+
+    Attributes:
+        task: and ``config``: whose.
+        tables: title and rows; the first row is the header.
+        figures: file and caption.
+    """
+
+    task: str
+    config: str
+    tables: Sequence[tuple[str, list[list[str]]]]
+    figures: Sequence[tuple[Path, str]]
+
+
+def summarize(task: str, folder: Path | None = None) -> list[Section]:
+    """The tables of each of a task's configurations that has records; draws the figures beside the records.
+
+    Args:
+        task: one of :data:`recipes.config.TASKS`.
+        folder: of the records, instead of ``recipes/TASK/results``.
+    """
+    names = sorted(file.stem for file in (RECIPES / task / "configs").glob("*.toml"))
+    sections = [
+        _section(task, name, folder) for name in names if any(results_folder(task, name, folder).glob("*.json"))
+    ]
+    return [section for section in sections if section.tables]
+
+
+def _section(task: str, name: str, folder: Path | None) -> Section:
+    found = tables.runs(task, name, folder)
+    module = import_module(f"recipes.{task}.task")
+    place = results_folder(task, name, folder)
+    made, drawn = [], []
+    for number, layout in enumerate(tables.layouts(task, name), 1):
+        if not found.keys() & set(layout["rows"]):
+            continue
+        made.append((layout["title"], tables.table(task, layout, found, tables.reported(task))))
+        figures.draw_curves(found, layout["rows"], place / f"curves-{number}.svg")
+        drawn.append((place / f"curves-{number}.svg", f"{layout['title']}: training loss, one line a seed"))
+    if made:
+        figures.draw_maps(
+            found, list(found), module.METRIC, place / "tuning.svg", higher_is_better=module.HIGHER_IS_BETTER
+        )
+        drawn.append(
+            (place / "tuning.svg", f"Validation {module.METRIC} of the tuning runs (seed 0); the best is framed")
+        )
+    if made and find_spec(f"recipes.{task}.figures"):
+        own = import_module(f"recipes.{task}.figures").draw(found, place)
+        drawn += [(place / file, caption) for file, caption in own.items()]
+    return Section(task, name, made, drawn)
+
+
+def markdown(sections: Sequence[Section], beside: Path) -> str:
+    """The sections as a README has them.
+
+    Args:
+        sections: of one task.
+        beside: the README's folder, from which figures are linked.
+    """
+    parts = []
+    for section in sections:
+        parts.append(f"### Configuration `{section.config}`")
+        for title, (header, *rows) in section.tables:
+            lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+            parts += [f"**{title}**", "\n".join(lines)]
+        parts += [f"![{caption}]({file.relative_to(beside).as_posix()})" for file, caption in section.figures]
+    return "\n\n".join(parts)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def insert(readme: str, text: str) -> str:
+    """A README with ``text`` between its marks.
+
+    Raises:
+        ValueError: there is not one mark of the beginning.
+    """
+    if readme.count(BEGIN) != 1:
+        raise ValueError(f"Expected one line {BEGIN}, found {readme.count(BEGIN)}.")
+    before, _, after = readme.partition(BEGIN)
+    after = after.partition(END)[2] if END in after else after
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="default: all")
+    options = parser.parse_args(arguments)
+    unknown = set(options.tasks) - set(config.TASKS)
+    if unknown:
+        parser.error(f"Invalid TASK: {', '.join(sorted(unknown))}. Accepted: {', '.join(config.TASKS)}.")
+    for task in options.tasks or config.TASKS:
+        sections = summarize(task)
+        readme = RECIPES / task / "README.md"
+        if sections:
+            readme.write_text(insert(readme.read_text(), markdown(sections, readme.parent)))
+            print(f"{task}: {', '.join(section.config for section in sections)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

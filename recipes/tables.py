@@ -1,0 +1,181 @@
+"""What the records of a configuration come to: one row an optimizer, with the rules of recipes/README.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from recipes import config, record
+from recipes.config import Settings
+from recipes.tune import Point, best, score
+
+SEEDS = 3  # that a comparison needs
+STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
+TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one optimizer.
+
+    Attributes:
+        settings: as the configuration has them.
+        records: those with these settings, but for learning rate, weight decay and seed.
+    """
+
+    settings: Settings
+    records: Sequence[Record]
+
+    @cached_property
+    def scores(self) -> dict[Point, float]:
+        """Of the tuning runs, which are those with seed 0; higher is better."""
+        return {_point(made): score(made) for made in self.records if made["seed"] == 0}
+
+    @cached_property
+    def best(self) -> Point:
+        return best(self.scores)
+
+    @cached_property
+    def chosen(self) -> list[Record]:
+        """The runs with the best learning rate and weight decay, by seed."""
+        return sorted((made for made in self.records if _point(made) == self.best), key=lambda made: int(made["seed"]))
+
+    @property
+    def rates(self) -> dict[float, float]:
+        """The scores by learning rate, at the weight decay at which rates were compared."""
+        first = self.settings.optimizer["weight_decay"]
+        return {lr: value for (lr, decay), value in self.scores.items() if decay == first}
+
+    @property
+    def is_best_rate_at_edge(self) -> bool:
+        """Whether a learning rate beyond those that were tried might be better."""
+        return len(self.rates) > 1 and self.best[0] in (min(self.rates), max(self.rates))
+
+    @property
+    def highest_stable_rate(self) -> float | None:
+        """The highest rate with at least half of the optimizer's best validation metric, if higher is better."""
+        top = max(self.scores.values())
+        return max((lr for lr, value in self.rates.items() if value >= STABLE_SHARE * top > 0), default=None)
+
+    def metric(self, split: str, name: str) -> list[float]:
+        """Of the chosen runs, by seed; those that diverged have none."""
+        return [made["metrics"][f"{split} {name}"] for made in self.chosen if made["metrics"]]
+
+
+def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
+    """The runs of each optimizer that has any, in the configuration's order.
+
+    Args:
+        task: one of :data:`recipes.config.TASKS`.
+        name: of the configuration.
+        folder: of the records, instead of ``recipes/TASK/results``.
+    """
+    records = record.read_all(task, name, folder)
+    found = {}
+    for label in config.labels(task, name):
+        settings = config.load(task, name, label)
+        mine = [made for made in records if made["label"] == label and made["stem"] == _expected_stem(settings, made)]
+        if mine:
+            found[label] = Runs(settings, mine)
+    return found
+
+
+def _expected_stem(settings: Settings, made: Record) -> str:
+    lr, decay = _point(made)
+    changes = (f"optimizer.lr={lr!r}", f"optimizer.weight_decay={decay!r}")
+    return config.load(settings.task, settings.config, settings.label, made["seed"], changes).stem
+
+
+def _point(made: Record) -> Point:
+    return made["optimizer"]["lr"], made["optimizer"]["weight_decay"]
+
+
+def verdict(one: Sequence[float], other: Sequence[float], *, higher_is_better: bool) -> str:
+    """``"better"`` if every seed of the one is better than every seed of the other; ``"worse"``; else ``"level"``.
+
+    Args:
+        one, other: the test metric by seed.
+        higher_is_better: of the metric.
+    """
+    if min(len(one), len(other)) < SEEDS:
+        return "–"
+    above, below = min(one) > max(other), max(one) < min(other)
+    return {(True, False): "better", (False, True): "worse"}.get(
+        (above, below) if higher_is_better else (below, above), "level"
+    )
+
+
+HEADER = (
+    *("optimizer", "lr", "weight decay", "valid, seed 0", "test: mean (range)", "against"),
+    *("spikes a run", "highest stable lr", "runs", "s a run", "paper"),
+)
+
+
+def table(
+    task: str, layout: Mapping[str, Any], found: Mapping[str, Runs], reported: Mapping[str, str]
+) -> list[list[str]]:
+    """The header and a row for each optimizer of a table.
+
+    Args:
+        task: one of :data:`recipes.config.TASKS`.
+        layout: an entry of the configuration's ``[[summary]]``: ``title``, ``rows`` (labels) and ``against`` (a label).
+        found: as :func:`runs` returns it.
+        reported: by label, what the paper reports.
+    """
+    module = import_module(f"recipes.{task}.task")
+    metric, higher = module.METRIC, module.HIGHER_IS_BETTER
+    against = layout["against"]
+    rows = [[f"{cell} {against}" if cell == "against" else cell for cell in HEADER]]
+    for label in layout["rows"]:
+        if label not in found:
+            rows.append([label, *["–"] * (len(HEADER) - 2), reported.get(label, "–")])
+            continue
+        mine = found[label]
+        tests = mine.metric("test", metric)
+        compared = found[against].metric("test", metric) if against in found and against != label else ()
+        stable = mine.highest_stable_rate if higher else None
+        diverged = sum(not made["metrics"] for made in mine.records)
+        rows.append(
+            [
+                label,
+                f"{mine.best[0]:g}" + " (edge)" * mine.is_best_rate_at_edge,
+                f"{mine.best[1]:g}",
+                _values(mine.metric("valid", metric)[:1], metric),
+                _values(tests, metric),
+                "" if against == label else verdict(tests, compared, higher_is_better=higher),
+                f"{statistics.fmean(len(made['spikes']) for made in mine.chosen):.1f}",
+                "–" if stable is None else "≥ " * (stable == max(mine.rates)) + f"{stable:g}",
+                f"{len(mine.records)}" + f", {diverged} diverged" * (diverged > 0),
+                f"{statistics.fmean(made['seconds'] for made in mine.chosen):.0f}",
+                reported.get(label, "–"),
+            ]
+        )
+    return rows
+
+
+def _values(values: Sequence[float], metric: str) -> str:
+    if not values:
+        return "diverged"
+    scale, digits, unit = (TO_PERCENT[metric], 1, " %") if metric in TO_PERCENT else (1, 2, "")
+    low, mean, high = (scale * of(values) for of in (min, statistics.fmean, max))
+    spread = f" ({low:.{digits}f}–{high:.{digits}f})" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{unit}{spread}"
+
+
+def layouts(task: str, name: str) -> list[dict[str, Any]]:
+    """The tables that a configuration asks for; without ``[[summary]]`` one, of all its optimizers."""
+    every = config.labels(task, name)
+    asked = config.read(task, name).get("summary")
+    return asked or [{"title": f"{task}, {name}", "rows": every, "against": "adamw" if "adamw" in every else every[-1]}]
+
+
+def reported(task: str) -> dict[str, str]:
+    """What the paper reports, by label: the table ``[reported]`` of the task's configuration ``paper``."""
+    return dict(config.read(task, "paper").get("reported", {}))

@@ -1,0 +1,137 @@
+"""Tables, figures and the report are made from the records, by the rules, and the published ones are up to date."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import config, record, report, run, summarize, tables
+from recipes.config import RECIPES
+
+RATES = ("0.5", "1.0", "5.0")
+PUBLISHED = [task for task in config.TASKS if any((RECIPES / task).glob("results/*/*.json"))]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of both optimizers of the landscape: three learning rates, and three seeds of the best."""
+    folder = tmp_path_factory.mktemp("landscape")
+    for label, best in (("sing_sgd", "1.0"), ("sgd", "5.0")):
+        for lr, seed in [*((lr, 0) for lr in RATES), (best, 1), (best, 2)]:
+            asked = ["landscape", "small", "--optimizer", label, "--seed", str(seed), "--set", f"optimizer.lr={lr}"]
+            assert run.main([*asked, "--results", str(folder / "results"), "--work", str(folder / "work")]) == 0
+    return folder / "results"
+
+
+def test_row_is_of_the_best_point_with_all_its_seeds(results: Path) -> None:
+    found = tables.runs("landscape", "small", results)
+    assert found["sing_sgd"].best == (1.0, 0.0)
+    assert [made["seed"] for made in found["sing_sgd"].chosen] == [0, 1, 2]
+    assert len(found["sing_sgd"].records) == 5
+    assert not found["sing_sgd"].is_best_rate_at_edge
+    assert found["sgd"].is_best_rate_at_edge
+    (layout,) = tables.layouts("landscape", "small")
+    header, first, second = tables.table("landscape", layout, found, {"sgd": "the paper's"})
+    row = dict(zip(header, first, strict=True))
+    assert (row["optimizer"], row["lr"], row["runs"], row["paper"]) == ("sing_sgd", "1", "5", "–")
+    assert row["test: mean (range)"] == "-2.00 (-2.00–-2.00)"
+    assert row[f"against {layout['against']}"] in ("better", "worse", "level")
+    assert second[0] == "sgd"
+    assert second[1] == "5 (edge)"
+    assert second[-1] == "the paper's"
+
+
+def test_runs_with_other_settings_are_in_no_table(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "results")
+    asked = ["landscape", "small", "--set", "train.epochs=50", "--results", str(tmp_path / "results")]
+    assert run.main([*asked, "--work", str(tmp_path / "work")]) == 0
+    assert len(record.read_all("landscape", "small", tmp_path / "results")) == 11
+    assert len(tables.runs("landscape", "small", tmp_path / "results")["sing_sgd"].records) == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "higher", "expected"),
+    [
+        ((3, 4, 5), (0, 1, 2), True, "better"),
+        ((3, 4, 5), (0, 1, 2), False, "worse"),
+        ((0, 1, 2), (3, 4, 5), True, "worse"),
+        ((2, 3, 4), (0, 1, 2), True, "level"),
+        ((1, 1, 1), (1, 1, 1), True, "level"),
+        ((3, 4), (0, 1, 2), True, "–"),
+        ((), (0, 1, 2), True, "–"),
+    ],
+)
+def test_better_is_every_seed_better_than_every_seed(one: Any, other: Any, higher: bool, expected: str) -> None:
+    assert tables.verdict(one, other, higher_is_better=higher) == expected
+
+
+def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(results: Path) -> None:
+    (section,) = summarize.summarize("landscape", results)
+    text = summarize.markdown([section], results)
+    files = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert files == ["small/curves-1.svg", "small/tuning.svg", "small/path.svg"]
+    drawn = {file: (results / file).read_bytes() for file in files}
+    assert summarize.markdown(summarize.summarize("landscape", results), results) == text
+    assert {file: (results / file).read_bytes() for file in files} == drawn
+
+
+def test_only_what_is_between_the_marks_of_a_readme_is_written() -> None:
+    once = summarize.insert("before\n<!-- results -->\n\nafter\n", "TABLE")
+    assert once == "before\n<!-- results -->\n\nTABLE\n\n<!-- end of results -->\n\nafter\n"
+    assert summarize.insert(once, "NEW") == once.replace("TABLE", "NEW")
+    with pytest.raises(ValueError, match="found 0"):
+        summarize.insert("nothing", "TABLE")
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_tables_are_those_of_the_records(task: str, tmp_path: Path) -> None:
+    shutil.copytree(RECIPES / task / "results", tmp_path / "results")
+    readme = (RECIPES / task / "README.md").read_text()
+    text = summarize.markdown(summarize.summarize(task, tmp_path / "results"), tmp_path)
+    assert summarize.insert(readme, text) == readme
+    assert all((RECIPES / task / file).exists() for file in re.findall(r"\]\((results/[^)]+)\)", readme))
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_records_say_what_made_them(task: str) -> None:
+    for file in (RECIPES / task / "results").glob("*/*.json"):
+        (made,) = [each for each in record.read_all(task, file.parent.name) if each["stem"] == file.stem]
+        assert re.fullmatch(r"[0-9a-f]{40}", made["commit"]), file
+        assert made["changed"] is False, file
+        assert made["versions"]["torch"], file
+        assert made["hardware"]["processor"], file
+        assert made["seconds"] > 0 or task == "landscape", file
+        sing = made["optimizer"]["opt"].startswith("sing")
+        assert not made["metrics"] or made["optimizer_class"].startswith("sing_plugins.") == sing, file
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth: list[str] = []
+        self.sources: list[str] = []
+        self.cells = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.cells += tag == "td"
+        if tag not in ("meta", "img"):
+            self.depth.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.depth.pop() == tag
+
+
+def test_report_is_one_sound_page_that_loads_nothing_else(results: Path) -> None:
+    (section,) = summarize.summarize("landscape", results)
+    reader = _Page()
+    reader.feed(report.page([section]))
+    assert not reader.depth
+    assert reader.cells > 20
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in reader.sources)
+    assert sum(source.startswith("data:") for source in reader.sources) == 3

@@ -1,0 +1,443 @@
+"""The recipes' machinery: configurations, records, runs, tuning, downloads; and the two tasks that need no data."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from torch import nn
+
+from recipes import config, data, record, run, tune, vision
+from recipes.data import Download
+from recipes.landscape import task as landscape
+from recipes.rde import rectangles
+from recipes.rde.task import Data, DepthViT
+from recipes.record import Curve, DivergenceError
+from recipes.tune import Grid, next_points
+
+CONFIGS = [(task, file.stem) for task in config.TASKS for file in sorted((config.RECIPES / task / "configs").iterdir())]
+TINY_RDE = (
+    "data.size=16",
+    "data.rectangles=3",
+    "data.train=64",
+    "data.valid=16",
+    "data.test=24",
+    "train.batch_size=16",
+)
+
+
+def start(folder: Path, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+    """Run recipes/run.py in this process; returns the records that there are then."""
+    places = ["--data", str(folder / "data"), "--work", str(folder / "work"), "--results", str(folder / "results")]
+    assert run.main([*arguments, *places]) == code
+    return [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*/*.json"))]
+
+
+def changes(*texts: str) -> list[str]:
+    return [argument for text in texts for argument in ("--set", text)]
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(("task", "name"), CONFIGS)
+def test_every_configuration_has_a_rate_a_decay_and_grids_for_each_optimizer(task: str, name: str) -> None:
+    settings = [config.load(task, name, label) for label in config.labels(task, name)]
+    assert len({each.stem for each in settings}) == len(settings)
+    for each in settings:
+        assert each.optimizer["lr"] > 0
+        assert each.optimizer["weight_decay"] >= 0
+        assert sorted(each["tune"]["lr"]) == each["tune"]["lr"]
+        assert sorted(each["tune"]["weight_decay"]) == each["tune"]["weight_decay"]
+
+
+@pytest.mark.parametrize(("task", "name"), [pair for pair in CONFIGS if pair[1] == "small"])
+def test_tuning_begins_inside_of_the_grid(task: str, name: str) -> None:
+    for label in config.labels(task, name):
+        settings = config.load(task, name, label)
+        assert settings.optimizer["weight_decay"] in settings["tune"]["weight_decay"], label
+
+
+def test_an_optimizer_changes_tables_and_the_command_line_changes_all(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[train]\nepochs = 3\nname = "a"\n[optimizer]\nlr = 0.1\nweight_decay = 0.0\n[optimizers.one]\n'
+        '[optimizers.two]\nopt = "x"\nlr = 0.2\n[optimizers.two.train]\nepochs = 5\n'
+    )
+    one, two = (config.load("rde", str(file), label) for label in ("one", "two"))
+    assert (one.config, one.label, one.optimizer["opt"], one.optimizer["lr"]) == ("mine", "one", "one", 0.1)
+    assert (two.optimizer["opt"], two.optimizer["lr"]) == ("x", 0.2)
+    assert (one["train"]["epochs"], two["train"]["epochs"]) == (3, 5)
+    changed = config.load("rde", str(file), changes=["train.epochs=7", "train.name=b c", "optimizer.options.k=none"])
+    assert changed.label == "one"
+    assert changed["train"] == {"epochs": 7, "name": "b c"}
+    assert changed.optimizer["options"] == {"k": "none"}
+    assert changed.stem != one.stem
+
+
+def test_grids_are_no_part_of_a_run() -> None:
+    assert "tune" not in config.load("rde", "small").as_json()
+    same = config.load("rde", "small", changes=["tune.lr=[1.0]"])
+    assert same.stem == config.load("rde", "small").stem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing", "small"), "Invalid TASK: 'nothing'. Accepted: .*landscape, rde"),
+        (("rde", "huge"), "Invalid CONFIG: 'huge'. rde has paper, .*small"),
+        (("rde", "small", "adam"), "Invalid --optimizer: 'adam'. rde small has sing_adamw, adamw"),
+        (("rde", "small", None, 0, ["train.epoch=1"]), "Invalid --set: 'train.epoch=1'. .*train.epochs"),
+        (("rde", "small", None, 0, ["train.epochs"]), "Invalid --set: 'train.epochs'"),
+        (("rde", "small", None, 0, ["train.epochs=many"]), "train.epochs is a number, such as 6"),
+    ],
+)
+def test_what_a_configuration_does_not_have_raises_and_lists_what_it_has(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(*arguments)
+
+
+# Records
+
+
+def test_curve_keeps_means_and_counts_the_beginnings_of_spikes() -> None:
+    curve = Curve()
+    losses = [1.0 + 0.1 * math.sin(step) for step in range(1000)]
+    for step in (100, 101, 102, 500, 900):
+        losses[step] = 3.0
+    for step, loss in enumerate(losses, 1):
+        curve.step(step, len(losses), loss)
+    assert curve.spikes == [101, 501, 901]
+    assert len(curve.points) == record.POINTS
+    assert curve.points[0] == pytest.approx([5, np.mean(losses[:5])], rel=1e-5)
+    assert curve.points[-1][0] == 1000
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_a_divergence(loss: float) -> None:
+    with pytest.raises(DivergenceError, match="step 3 of 10"):
+        Curve().step(3, 10, loss)
+
+
+def test_records_are_json_with_a_line_for_each_list_of_numbers() -> None:
+    made = {"curve": [[1, 0.5], [2, 1e-7]], "name": "a, [ 1, 2 ]", "empty": [], "words": ["a", "b"]}
+    text = record.dumps(made)
+    assert json.loads(text) == made
+    assert "\n  [1, 0.5],\n  [2, 1e-07]\n" in text
+
+
+# Runs
+
+
+def test_run_writes_one_record_and_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (made,) = start(tmp_path, "landscape", "small", "--seed", "2")
+    assert (made["task"], made["config"], made["label"], made["seed"]) == ("landscape", "small", "sing_sgd", 2)
+    assert made["status"] == "finished"
+    assert made["optimizer_class"] == "sing_plugins.SING"
+    assert made["optimizer"]["lr"] == 1.0
+    assert made["seconds"] >= 0
+    assert made["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert {"commit", "changed", "hardware", "curve", "evaluations", "spikes", "metrics"} <= made.keys()
+    assert not any((tmp_path / "work").rglob("*.json"))
+    capsys.readouterr()
+    assert start(tmp_path, "landscape", "small", "--seed", "2") == [made]
+    assert "exists: this run is done" in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_settings_and_the_command_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["rde", "paper", "--optimizer", "adamw", "--set", "optimizer.lr=0.003"]
+    assert start(tmp_path, *asked, "--dry-run") == []
+    settings, _, command = capsys.readouterr().out.strip().rpartition("\n\n")
+    assert json.loads(settings)["optimizer"]["lr"] == 0.003
+    assert command.startswith(
+        "accelerate launch recipes/run.py rde paper --optimizer adamw --seed 0 --set optimizer.lr=0.003"
+    )
+
+
+def test_wrong_arguments_end_the_program_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        start(tmp_path, "rde", "small", "--set", "train.lr=1")
+    assert "Invalid --set: 'train.lr=1'" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_interrupted_run_goes_on_exactly(tmp_path: Path) -> None:
+    asked = ["rde", "small", *changes(*TINY_RDE, "train.epochs=3", "model.depth=1")]
+    (straight,) = start(tmp_path / "straight", *asked)
+    for stop in (2, 6):  # after the first and the second epoch of four steps
+        assert start(tmp_path / "parts", *asked, "--resume", "--stop-after", str(stop), code=run.STOPPED) == []
+    (resumed,) = start(tmp_path / "parts", *asked, "--resume")
+    for key in ("metrics", "curve", "evaluations", "spikes", "panels"):
+        assert resumed[key] == straight[key], key
+
+
+def test_without_resume_a_run_begins_anew(tmp_path: Path) -> None:
+    asked = ["rde", "small", *changes(*TINY_RDE, "train.epochs=2", "model.depth=1")]
+    start(tmp_path, *asked, "--stop-after", "1", code=run.STOPPED)
+    (made,) = start(tmp_path, *asked)
+    assert [step for step, _ in made["curve"]] == list(range(1, 9))
+
+
+def test_divergence_is_recorded(tmp_path: Path) -> None:
+    asked = changes(*TINY_RDE, "model.depth=1", "optimizer.lr=1e18", "train.warmup=0.0")
+    (made,) = start(tmp_path, "rde", "small", "--optimizer", "sgd", *asked)
+    assert made["status"].startswith("diverged: the loss of step")
+    assert made["metrics"] == {}
+    assert tune.score(made) == -math.inf
+
+
+# Tuning
+
+GRID = Grid(lr=(1e-3, 5e-3, 1e-2, 5e-2), weight_decay=(5e-4, 5e-3, 5e-2), first_weight_decay=5e-3, budget=8)
+
+
+def carry_out(grid: Grid, score: Any) -> list[tuple[float, float]]:
+    scores: dict[tuple[float, float], float | None] = {}
+    while (points := next_points(grid, scores)) is not None:
+        assert points
+        scores |= {point: score(*point) for point in points}
+    return list(scores)
+
+
+def test_tuning_goes_from_the_middle_outwards_then_through_the_weight_decays_at_the_best_rate() -> None:
+    tried = carry_out(GRID, lambda lr, decay: -abs(math.log(lr / 1e-2)) + decay)
+    rates = [(lr, 5e-3) for lr in (5e-3, 1e-2, 1e-3, 5e-2)]
+    assert tried == [*rates, *((1e-2, decay) for decay in (5e-4, 5e-2, 0.1, 0.5))]
+
+
+@pytest.mark.parametrize(("sign", "beyond"), [(1, 0.1), (-1, 5e-4)])
+def test_grid_goes_on_where_the_best_rate_is_at_an_edge(sign: int, beyond: float) -> None:
+    tried = carry_out(GRID, lambda lr, decay: sign * lr)
+    assert (beyond, 5e-3) in tried
+    assert len(tried) == GRID.budget
+
+
+def test_all_optimizers_get_the_same_budget_and_a_small_one_takes_the_middle() -> None:
+    grid = Grid(GRID.lr, GRID.weight_decay, GRID.first_weight_decay, budget=4)
+    assert carry_out(grid, lambda lr, decay: lr) == [(5e-3, 5e-3), (1e-2, 5e-3), (1e-3, 5e-3), (1e-2, 5e-4)]
+
+
+def test_runs_that_go_on_elsewhere_are_waited_for() -> None:
+    running: dict[tuple[float, float], float | None] = {(lr, 5e-3): None for lr in GRID.lr}
+    assert next_points(GRID, running) == []
+    assert next_points(GRID, running | {(5e-3, 5e-3): 1.0}) == []
+
+
+def test_divergence_is_the_worst_score_and_the_smallest_of_equals_is_the_best() -> None:
+    assert tune.best({1.0: -math.inf, 0.1: -3.0, 0.5: None}) == 0.1
+    assert tune.best({2.0: 1.0, 0.1: 1.0}) == 0.1
+
+
+def test_grids_go_on_in_the_papers_steps() -> None:
+    up = [1e-3]
+    for _ in range(4):
+        up.append(tune.beyond(up[-1], up=True))
+    assert up == [1e-3, 5e-3, 1e-2, 5e-2, 0.1]
+    assert all(tune.beyond(high, up=False) == low for low, high in pairwise(up))
+
+
+def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    asked = ["landscape", "small", "--optimizer", "sing_sgd", "--budget", "4", "--jobs", "2"]
+    asked += ["--work", str(tmp_path / "work"), "--results", str(results)]
+    assert tune.main(asked) == 0
+    table = capsys.readouterr().out
+    assert "sing_sgd: 3 runs" in table
+    assert table.count("*") == 1
+    written = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
+    assert len(written) == 3  # there is one weight decay
+    assert tune.main([*asked, "--seeds", "2"]) == 0
+    again = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
+    assert written.items() <= again.items()
+    assert len(again) == 4
+    best = max((json.loads(file.read_text()) for file in written), key=tune.score)
+    (added,) = (json.loads(file.read_text()) for file in again.keys() - written.keys())
+    assert (added["seed"], added["optimizer"]) == (1, best["optimizer"])
+
+
+def test_failed_run_ends_the_tuning_and_names_its_log(tmp_path: Path) -> None:
+    asked = ["landscape", "small", "--optimizer", "sgd", "--set", "optimizer.options.momentun=0.9"]
+    with pytest.raises(SystemExit, match=r"exit code 1; see .*\.log"):
+        tune.main([*asked, "--work", str(tmp_path), "--results", str(tmp_path / "results")])
+
+
+# Downloads
+
+
+def test_download_is_checked_and_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"content")
+    good = Download(((tmp_path / "missing").as_uri(), source.as_uri()), hashlib.sha256(b"content").hexdigest())
+    file = data.fetch(good, tmp_path / "data")
+    assert file.read_bytes() == b"content"
+    source.unlink()
+    assert data.fetch(good, tmp_path / "data") == file
+
+
+def test_download_with_another_hash_is_refused_with_the_command_to_run(tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"tampered")
+    with pytest.raises(SystemExit, match=rf"has the sha256 {hashlib.sha256(b'tampered').hexdigest()}") as refused:
+        data.fetch(Download((source.as_uri(),), "0" * 64), tmp_path / "data")
+    assert f"curl -L -o source.bin {source.as_uri()}" in str(refused.value)
+    assert not any((tmp_path / "data" / "downloads").iterdir())
+
+
+def test_debian_package_is_read_without_being_installed(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
+        for name, content in (("./usr/a.txt", b"wanted"), ("./usr/b.bin", b"no")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    package = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0"), ("control.tar.xz", b"x"), ("data.tar.xz", archive.getvalue())):
+        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        package += b"\n" * (len(content) % 2)
+    file = tmp_path / "a.deb"
+    file.write_bytes(package)
+    assert list(data.read_deb(file, lambda name: name.endswith(".txt"))) == [("usr/a.txt", b"wanted")]
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="Not a Debian package"):
+        list(data.read_deb(file, lambda name: True))
+
+
+# Landscape
+
+
+def test_only_sing_leaves_the_narrow_minima(tmp_path: Path) -> None:
+    ends = {}
+    for label in ("sing_sgd", "sgd"):
+        made = start(tmp_path / label, "landscape", "paper", "--optimizer", label)[0]
+        ends[label] = made["metrics"]["test place"]
+        assert len(made["panels"]["path"]) == made["train"]["epochs"] + 1
+    assert ends["sing_sgd"] == pytest.approx(landscape.MINIMA[2][0], abs=0.1)
+    assert ends["sgd"] == pytest.approx(landscape.MINIMA[1][0], abs=0.1)
+
+
+def test_the_landscape_has_three_minima_and_the_last_is_the_deepest() -> None:
+    x = torch.linspace(-5, 7, 5001, dtype=torch.float64)
+    y = landscape.landscape(x)
+    lowest = x[1:-1][(y[1:-1] < y[:-2]) & (y[1:-1] < y[2:])]
+    assert lowest.tolist() == pytest.approx([where for where, _, _ in landscape.MINIMA], abs=0.1)
+    assert y.argmin() == (x - lowest[-1]).abs().argmin()
+
+
+# RDE
+
+
+def test_pictures_are_the_same_for_the_same_seed_and_tell_the_heights() -> None:
+    first, again, other = (rectangles.draw(20, 32, 4, seed) for seed in (0, 0, 1))
+    assert_array_equal(first.grey, again.grey)
+    assert not np.array_equal(first.grey, other.grey)
+    assert (first.height.max(axis=1) >= 2).all()
+    assert (first.height[:, 1:] >= 1).all()
+    assert (first.height[:, 0] == 0).all()
+    assert first.depth().max() <= 1.0
+    for owner in first.owner:
+        assert set(np.unique(owner)) == set(range(5))
+
+
+def test_height_is_one_more_than_that_of_what_a_rectangle_visibly_lies_on() -> None:
+    boxes = np.array([[2, 2, 20, 20], [10, 10, 28, 28], [14, 4, 24, 12], [40, 40, 60, 60]])
+    owner = np.zeros((64, 64), np.uint8)
+    for index, (top, left, bottom, right) in enumerate(boxes, 1):
+        owner[top:bottom, left:right] = index
+    heights = rectangles.heights(owner, boxes)
+    assert heights is not None
+    assert heights.tolist() == [0, 1, 2, 3, 1]
+
+
+def test_pictures_that_do_not_tell_are_refused() -> None:
+    touching = np.array([[0, 0, 10, 10], [0, 10, 10, 20], [5, 5, 12, 12]])
+    apart = np.array([[0, 0, 10, 10], [30, 30, 40, 40]])
+    hidden = np.array([[0, 0, 10, 10], [0, 0, 12, 12]])
+    for boxes in (touching, apart, hidden):
+        assert rectangles.heights(rectangles.paint(boxes, 64), boxes) is None
+
+
+def test_answer_is_right_if_the_mean_over_every_rectangle_is_within_half_a_level() -> None:
+    pictures = rectangles.draw(6, 32, 3, 0)
+    truth = pictures.depth()
+    noise = np.random.default_rng(0).normal(0, 0.05, truth.shape).astype(np.float32)
+    assert pictures.correct(truth + noise).all()
+    assert not pictures.correct(np.ones_like(truth)).any()
+    wrong = truth.copy()
+    wrong[0][pictures.owner[0] == 2] += 0.51 / 3
+    assert pictures.correct(wrong).tolist() == [False, *[True] * 5]
+    wrong[0][pictures.owner[0] == 2] -= 0.02 / 3
+    assert pictures.correct(wrong).all()
+
+
+def test_vit_puts_every_patch_in_its_place() -> None:
+    model = DepthViT(16, 4, "vit_tiny_patch16_224", embed_dim=16, depth=1, num_heads=1)
+    model.vit = nn.Identity()
+    model.head = nn.Identity()  # type: ignore[assignment]
+    picture = torch.arange(256.0).reshape(1, 16, 16)
+    patches = picture.reshape(1, 4, 4, 4, 4).transpose(2, 3).reshape(1, 16, 16)
+    model.vit.forward = lambda pictures: patches  # type: ignore[method-assign, assignment]
+    assert torch.equal(model(picture), picture)
+
+
+@pytest.mark.parametrize("name", ["paper", "small"])
+def test_every_optimizer_of_rde_is_built_and_steps(name: str) -> None:
+    for label in config.labels("rde", name):
+        table = config.load("rde", name, label).optimizer
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+        before = [parameter.clone() for parameter in model.parameters()]
+        optimizer = vision.create_optimizer(model, table)
+        assert record.class_name(optimizer).startswith("sing_plugins.") == table["opt"].startswith("sing_"), label
+        assert all(parameter.requires_grad for parameter in model.parameters()), label
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)), label
+        assert optimizer.param_groups[0]["lr"] == table["lr"], label
+
+
+def test_paper_configuration_of_rde_trains(tmp_path: Path) -> None:
+    small = ("train.epochs=1", "train.batch_size=4", "data.train=8", "data.valid=4", "data.test=4")
+    (made,) = start(tmp_path, "rde", "paper", *changes(*small, "train.workers=0"))
+    assert made["status"] == "finished"
+    assert made["model"]["name"] == "vit_small_patch16_224"
+    assert np.shape(made["panels"]["prediction"]) == (4, 128, 128)
+
+
+def test_splits_of_rde_do_not_overlap(tmp_path: Path) -> None:
+    parts = Data(16, 3, train=8, valid=4, test=4).load(tmp_path)
+    assert {split: len(part.grey) for split, part in parts.items()} == {"train": 8, "valid": 4, "test": 4}
+    again = Data(16, 3, train=8, valid=4, test=4).load(tmp_path)
+    assert_array_equal(parts["test"].grey, again["test"].grey)
+    everything = rectangles.draw(16, 16, 3, 0)
+    assert_array_equal(np.concatenate([part.grey for part in parts.values()]), everything.grey)
+
+
+def test_schedules_warm_up_and_end_at_nothing() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    for name, middle in (("cosine", 0.5), ("constant-cosine", 1.0), ("constant", 1.0)):
+        training = vision.Training(epochs=1, batch_size=1, warmup=0.1, schedule=name)
+        share = vision.schedule(optimizer, training, 100).lr_lambdas[0]
+        assert share(0) == pytest.approx(0.1)
+        assert share(9) == share(10) == 1.0
+        assert share(55) == pytest.approx(middle)
+        assert share(99) == pytest.approx(1.0 if name == "constant" else 0.0, abs=0.01)
+    with pytest.raises(ValueError, match=r"Invalid train.schedule: 'linear'. Accepted: cosine"):
+        vision.Training(epochs=1, batch_size=1, schedule="linear")

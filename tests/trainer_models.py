@@ -1,0 +1,44 @@
+"""Tiny models and tokenizers for the recipes that use Hugging Face's Trainer, made from the words of a text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+MODELS = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel)}
+
+
+def save(folder: Path, texts: Iterable[str], kind: str = "bert") -> Path:
+    """Write a model with random weights and a tokenizer that knows the texts' words; returns the folder."""
+    torch.manual_seed(0)
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())})
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL.values(), *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "bert" else [])]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=128, model_input_names=names, **SPECIAL
+    ).save_pretrained(folder)
+    config_class, model_class = MODELS[kind]
+    config = config_class(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=130,
+        pad_token_id=0,
+    )
+    model_class(config).save_pretrained(folder)
+    return folder
