@@ -10,7 +10,6 @@ import random
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -200,13 +199,11 @@ def test_what_fairseq_does_not_know_is_refused(tmp_path: Path) -> None:
         Training(epochs=1, max_tokens=1, average=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- translations
+# --------------------------------------------------------------------------------------------------------- translations
 
 
 def test_translations_are_put_into_the_order_of_the_data_set() -> None:
-    output = (
-        "H-1\t-0.5\tb .\nD-1\t-0.5\tb .\nH-0\t-1.25\ta .\nGenerate test with beam=5: BLEU4 = 12.34, 50.0/20.0 (BP=1)\n"
-    )
+    output = "H-1\t-0.5\tb .\nD-1\t-0.5\tb .\nH-0\t-1.25\ta .\nGenerate test with beam=5: BLEU4 = 12.34, (BP=1)\n"
     assert task.read_translations(output) == (["a .", "b ."], 12.34)
     with pytest.raises(RuntimeError, match="printed 1 translations"):
         task.read_translations("H-1\t-0.5\tb\nGenerate test with beam=5: BLEU4 = 0.00, (BP=1)\n")
@@ -268,7 +265,7 @@ def record_of(folder: Path, results: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[dict[str, int]]:
+def runs(folder: Path) -> dict[str, int]:
     """Exit codes of runs that other processes do, two at a time."""
 
     def python(*command: str) -> int:
@@ -294,7 +291,7 @@ def runs(folder: Path) -> Iterator[dict[str, int]]:
             "two": pool.submit(two_processes),
             "diverged": pool.submit(once, "diverged", "--optimizer", "adamw", "--set", "optimizer.lr=1e30"),
         }
-        yield {name: job.result() for name, job in jobs.items()}
+        return {name: job.result() for name, job in jobs.items()}
 
 
 def test_the_papers_configuration_runs(folder: Path, runs: dict[str, int]) -> None:
@@ -319,8 +316,9 @@ def test_two_processes_share_an_epoch(folder: Path, runs: dict[str, int]) -> Non
     assert runs["two"] == 0
     record, alone = record_of(folder, "two"), record_of(folder, "whole")
     assert (record["status"], record["hardware"]["processes"]) == ("finished", 2)
-    assert record["evaluations"][0]["step"] == pytest.approx(alone["evaluations"][0]["step"], abs=1)
-    assert record["evaluations"][0]["valid loss"] == pytest.approx(alone["evaluations"][0]["valid loss"], rel=0.05)
+    assert record["evaluations"][0]["step"] == alone["evaluations"][0]["step"]
+    # The four batches of the first update are the same, but for dropout.
+    assert record["curve"][0] == [1, pytest.approx(alone["curve"][0][1], rel=0.02)]
 
 
 def test_a_run_that_diverges_is_recorded(folder: Path, runs: dict[str, int]) -> None:

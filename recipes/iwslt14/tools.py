@@ -121,6 +121,7 @@ class Tools:
             "seed": self.settings.seed + 1,  # fairseq's own default is 1
             "valid_subset": ",".join(HELD_OUT),
             "update_epoch_batch_itr": "True",  # else a run that goes on has other batches than one that was not stopped
+            "required_batch_size_multiple": 1,  # else what is left of the last batch is left out, of held-out sets too
             "keep_last_epochs": max(5, training.average),  # fairseq may be some ahead of its log when it is stopped
             "save_dir": self.checkpoints,
             "log_format": "json",
@@ -133,6 +134,9 @@ class Tools:
         if training.cpu:
             flags |= {"cpu": True, "distributed_world_size": training.processes}
             flags |= {"distributed_backend": "gloo", "ddp_backend": "legacy_ddp"}
+        if training.cpu and "RANK" in os.environ:  # fairseq takes torchrun's word for it only where there are GPUs
+            flags |= {"distributed_rank": os.environ["RANK"], "distributed_init_method": "env://"}
+            flags["distributed_no_spawn"] = True
         return command("fairseq-train", _dashed(flags), self.binary)
 
     @property
@@ -152,7 +156,7 @@ class Tools:
             "path": self.translating,
             "gen_subset": split,
             "remove_bpe": True,
-            "required_batch_size_multiple": 1,  # else sentences of the last batch are left out
+            "required_batch_size_multiple": 1,
             "distributed_world_size": 1,  # else each GPU would be given its share, and one of them is used
         }
         if self.training.cpu:
