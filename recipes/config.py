@@ -16,7 +16,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,14 @@ class Settings:
         """Of recipes/run.py, for this run."""
         changes = [argument for change in self.changes for argument in ("--set", change)]
         return [self.task, self.config, "--optimizer", self.label, "--seed", str(self.seed), *changes]
+
+    def at(self, lr: float, weight_decay: float, seed: int) -> Settings:
+        """The same run with another learning rate, weight decay and seed."""
+        optimizer = {**self.optimizer, "lr": float(lr), "weight_decay": float(weight_decay)}
+        changes = (f"optimizer.lr={lr!r}", f"optimizer.weight_decay={weight_decay!r}")
+        return replace(
+            self, seed=seed, tables={**self.tables, "optimizer": optimizer}, changes=(*self.changes, *changes)
+        )
 
     @property
     def study(self) -> str:

@@ -13,15 +13,17 @@ import argparse
 import hashlib
 import io
 import os
+import random
 import shutil
 import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
@@ -31,6 +33,9 @@ from recipes.config import RECIPES
 DEBIAN = "https://deb.debian.org/debian/pool/main"
 SNAPSHOT = "https://snapshot.debian.org/archive/debian/20260101T000000Z/pool/main"
 TIMEOUT = 60  # seconds without an answer
+SEED = 0  # of what is held out of a data set that has no splits of its own
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,16 @@ def _data_archive(package: bytes) -> bytes:
             return content
         at += 60 + size + size % 2
     raise ValueError("Not a Debian package: it has no data.tar.")
+
+
+def split(items: Sequence[T], held_out: int) -> dict[str, list[T]]:
+    """Shuffle with a fixed seed; ``held_out`` items each for validation and test, the rest for training."""
+    shuffled = random.Random(SEED).sample(items, len(items))
+    return {
+        "train": shuffled[2 * held_out :],
+        "valid": shuffled[:held_out],
+        "test": shuffled[held_out : 2 * held_out],
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

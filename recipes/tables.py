@@ -81,16 +81,14 @@ def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
     found = {}
     for label in config.labels(task, name):
         settings = config.load(task, name, label)
-        mine = [made for made in records if made["label"] == label and made["stem"] == _expected_stem(settings, made)]
+        mine = [
+            made
+            for made in records
+            if made["label"] == label and made["stem"] == settings.at(*_point(made), seed=made["seed"]).stem
+        ]
         if mine:
             found[label] = Runs(settings, mine)
     return found
-
-
-def _expected_stem(settings: Settings, made: Record) -> str:
-    lr, decay = _point(made)
-    changes = (f"optimizer.lr={lr!r}", f"optimizer.weight_decay={decay!r}")
-    return config.load(settings.task, settings.config, settings.label, made["seed"], changes).stem
 
 
 def _point(made: Record) -> Point:

@@ -155,11 +155,6 @@ class Tuning:
         trial.set_user_attr("process", [platform.node(), os.getpid()])
         return trial
 
-    def settings_at(self, point: Point, seed: int = 0) -> Settings:
-        changes = (f"optimizer.lr={point[0]!r}", f"optimizer.weight_decay={point[1]!r}")
-        known = self.settings
-        return config.load(known.task, known.config, known.label, seed, (*known.changes, *changes))
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
@@ -254,10 +249,10 @@ def carry_out(tunings: Sequence[Tuning], options: argparse.Namespace) -> None:
 def _wanted(tuning: Tuning, seeds: list[int], room: int) -> list[tuple[Settings, optuna.Trial | None]]:
     points = next_points(tuning.grid, tuning.scores())
     if points is not None:
-        return [(tuning.settings_at(point), tuning.claim(point)) for point in points[:room]]
+        return [(tuning.settings.at(*point, seed=0), tuning.claim(point)) for point in points[:room]]
     best_point = best(tuning.scores())
     taken = [seeds.pop(0) for _ in range(min(room, len(seeds)))]
-    return [(tuning.settings_at(best_point, seed), None) for seed in taken]
+    return [(tuning.settings.at(*best_point, seed=seed), None) for seed in taken]
 
 
 def run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

@@ -197,6 +197,7 @@ def fit(
     accelerator.register_for_checkpointing(scheduler)
 
     first_epoch = 0
+    metrics: dict[str, float] = {}
     if run.resumed:
         accelerator.load_state(str(run.work / "state"))
         first_epoch = scheduler.last_epoch // len(loader)
@@ -213,11 +214,13 @@ def fit(
             run.step(epoch * len(loader) + position, total, accelerator.reduce(value.detach(), "mean").item())
         done = (epoch + 1) * len(loader)
         if on_the_way and ((epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs):
-            run.evaluation(done, evaluate(accelerator, model, on_the_way, measure))
+            metrics = evaluate(accelerator, model, on_the_way, measure)
+            run.evaluation(done, metrics)
         if epoch + 1 < training.epochs:
             accelerator.save_state(str(run.work / "state"))
             run.checkpointed(done)
-    metrics = evaluate(accelerator, model, loaders, measure)
+    others = {split: loader for split, loader in loaders.items() if split not in on_the_way}
+    metrics |= evaluate(accelerator, model, others, measure)
     model = accelerator.unwrap_model(model).eval()
     return Outcome(metrics, used, panels(model) if panels else None)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trainer_models
+from trainer_models import record, start
 from transformers import AutoTokenizer, TrainingArguments
 
 from recipes import config, data, run
@@ -60,27 +61,6 @@ def tiny(folder: Path) -> Path:
 
 
 FILES = {"train": "train-v1.1.json", "test": "dev-v1.1.json"}
-
-
-def start(tiny: Path, results: str, *more: str) -> int:
-    folder = tiny.parent
-    line = [
-        "squad",
-        str(tiny),
-        "--data",
-        str(folder),
-        "--work",
-        str(folder / "work"),
-        "--results",
-        str(folder / results),
-    ]
-    return run.main([*line, *more])
-
-
-def record(tiny: Path, results: str) -> dict[str, Any]:
-    (file,) = (tiny.parent / results).rglob("*.json")
-    made: dict[str, Any] = json.loads(file.read_text())
-    return made
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -258,9 +238,9 @@ def test_the_script_wants_either_a_data_set_or_both_files(more: list[str]) -> No
 
 @pytest.mark.parametrize("stop", [3, 6])  # 2 steps an epoch: in the middle of the second, and at the last step
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny: Path, stop: int) -> None:
-    assert start(tiny, "whole") == 0
-    assert start(tiny, "parts", "--stop-after", str(stop)) == run.STOPPED
-    assert start(tiny, "parts", "--resume") == 0
+    assert start("squad", tiny, "whole") == 0
+    assert start("squad", tiny, "parts", "--stop-after", str(stop)) == run.STOPPED
+    assert start("squad", tiny, "parts", "--resume") == 0
     whole, parts = record(tiny, "whole"), record(tiny, "parts")
     for key in ("status", "metrics", "curve", "evaluations", "spikes", "optimizer_class"):
         assert whole[key] == parts[key]
@@ -271,25 +251,25 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny: Path, stop: int) ->
 
 
 def test_a_checkpoint_after_the_last_one_that_was_told_is_not_used(tiny: Path) -> None:
-    assert start(tiny, "whole") == 0
-    assert start(tiny, "parts", "--stop-after", "3") == run.STOPPED
+    assert start("squad", tiny, "whole") == 0
+    assert start("squad", tiny, "parts", "--stop-after", "3") == run.STOPPED
     (state,) = (tiny.parent / "work").rglob("run.json")
     told = state.read_text()
-    assert start(tiny, "parts", "--resume", "--stop-after", "6") == run.STOPPED
+    assert start("squad", tiny, "parts", "--resume", "--stop-after", "6") == run.STOPPED
     state.write_text(told)  # as if the run had been killed before it could tell
-    assert start(tiny, "parts", "--resume") == 0
+    assert start("squad", tiny, "parts", "--resume") == 0
     assert record(tiny, "whole")["curve"] == record(tiny, "parts")["curve"]
 
 
 def test_adamw_is_torchs_and_trains_as_long_as_its_own_table_says(tiny: Path) -> None:
-    assert start(tiny, "adamw", "--optimizer", "adamw") == 0
+    assert start("squad", tiny, "adamw", "--optimizer", "adamw") == 0
     made = record(tiny, "adamw")
     assert made["optimizer_class"] == "torch.AdamW"
     assert made["curve"][-1][0] == 4
 
 
 def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tiny: Path) -> None:
-    assert start(tiny, "diverged", "--optimizer", "adamw", "--set", "optimizer.lr=1e30") == 0
+    assert start("squad", tiny, "diverged", "--optimizer", "adamw", "--set", "optimizer.lr=1e30") == 0
     assert record(tiny, "diverged")["status"].startswith("diverged: the loss of step")
 
 

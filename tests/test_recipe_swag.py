@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trainer_models
+from trainer_models import record, start
 from transformers import AutoTokenizer, TrainingArguments
 
 from recipes import config, run, trainer
@@ -72,27 +73,6 @@ def tiny(folder: Path) -> Path:
     text = text.replace("[train]", "[train]\neval_steps = 4\nsave_steps = 3\nuse_cpu = true")
     (folder / "tiny.toml").write_text(text)
     return folder / "tiny.toml"
-
-
-def start(tiny: Path, results: str, *more: str) -> int:
-    folder = tiny.parent
-    line = [
-        "swag",
-        str(tiny),
-        "--data",
-        str(folder),
-        "--work",
-        str(folder / "work"),
-        "--results",
-        str(folder / results),
-    ]
-    return run.main([*line, *more])
-
-
-def record(tiny: Path, results: str) -> dict[str, Any]:
-    (file,) = (tiny.parent / results).rglob("*.json")
-    made: dict[str, Any] = json.loads(file.read_text())
-    return made
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -254,9 +234,9 @@ def test_the_papers_numbers() -> None:
 
 @pytest.mark.parametrize("stop", [3, 6])  # 2 steps an epoch: in the middle of the second, and at the end of the third
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny: Path, stop: int) -> None:
-    assert start(tiny, "whole") == 0
-    assert start(tiny, "parts", "--stop-after", str(stop)) == run.STOPPED
-    assert start(tiny, "parts", "--resume") == 0
+    assert start("swag", tiny, "whole") == 0
+    assert start("swag", tiny, "parts", "--stop-after", str(stop)) == run.STOPPED
+    assert start("swag", tiny, "parts", "--resume") == 0
     whole, parts = record(tiny, "whole"), record(tiny, "parts")
     for key in ("status", "metrics", "curve", "evaluations", "spikes", "optimizer_class"):
         assert whole[key] == parts[key]
@@ -267,7 +247,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny: Path, stop: int) ->
 
 
 def test_without_a_validation_set_only_the_test_set_is_evaluated(tiny: Path) -> None:
-    assert start(tiny, "tested", "--set", "data.held_out=0.0", "--set", "train.num_train_epochs=1") == 0
+    assert start("swag", tiny, "tested", "--set", "data.held_out=0.0", "--set", "train.num_train_epochs=1") == 0
     made = record(tiny, "tested")
     assert (set(made["metrics"]), made["evaluations"]) == ({"test accuracy"}, [])
 

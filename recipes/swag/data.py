@@ -14,7 +14,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from recipes.data import Download, fetch, read_deb, temporary
+from recipes.data import SEED, Download, fetch, read_deb, split, temporary
 
 ENDINGS = tuple(f"ending{number}" for number in range(4))
 COLUMNS = ("video-id", "sent1", "sent2", *ENDINGS, "label")  # those of SWAG's that are used
@@ -44,7 +44,6 @@ FILES: dict[str, dict[str, str]] = {
     **{name: {split: f"{name}/{split}.json" for split in SPLITS} for name in ("austen", "exams")},
 }
 
-SEED = 0
 HELD_OUT_NOVELS = {"Persuasion": "validation", "NORTHANGER ABBEY": "test"}  # by their first line; the shortest ones
 SENTENCE_WORDS = range(5, 31)
 SHARE = 0.15  # of the exams' topics, for validation and for test each
@@ -101,10 +100,10 @@ def prepare_austen(folder: Path) -> Path:
     def make() -> dict[str, list[Row]]:
         package = fetch(AUSTEN, folder)
         ((_, database),) = read_deb(package, lambda name: name.endswith("janeaustenr/data/Rdata.rdb"))
-        split: dict[str, list[Row]] = {name: [] for name in SPLITS}
+        parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
         for lines in character_vectors(database):
-            split[HELD_OUT_NOVELS.get(lines[0], "train")] += continuations(lines[0], chapters(lines))
-        return split
+            parts[HELD_OUT_NOVELS.get(lines[0], "train")] += continuations(lines[0], chapters(lines))
+        return parts
 
     return _write(folder, "austen", make)
 
@@ -248,14 +247,8 @@ def split_by_topic(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """All questions of a topic (``E0A`` of ``E0A01``, ``1-10B`` of ``1-10B2``) are in one split."""
     topic = {row["video-id"]: re.sub(r"\d+$", "", row["video-id"]) for row in rows}
     topics = sorted(set(topic.values()))
-    shuffled = random.Random(SEED).sample(topics, len(topics))
-    held_out = round(SHARE * len(topics))
-    parts = {
-        "validation": shuffled[:held_out],
-        "test": shuffled[held_out : 2 * held_out],
-        "train": shuffled[2 * held_out :],
-    }
-    return {split: [row for row in rows if topic[row["video-id"]] in set(part)] for split, part in parts.items()}
+    parts = zip(SPLITS, split(topics, round(SHARE * len(topics))).values(), strict=True)
+    return {name: [row for row in rows if topic[row["video-id"]] in set(part)] for name, part in parts}
 
 
 def _row(name: str, first: str, endings: Sequence[str], label: int) -> Row:
