@@ -215,7 +215,8 @@ def test_every_optimizer_of_a_configuration_is_a_command_of_the_script(name: str
         assert isinstance(own, Arguments)
         assert isinstance(trainers, TrainingArguments)
         assert trainers.optim == settings.optimizer["opt"]
-        assert trainers.optim_args == (f"freeze={settings.optimizer['options']['freeze']}" if "sing" in label else None)
+        sings = [f"{key}={value}" for key, value in settings.optimizer.get("options", {}).items()]
+        assert trainers.optim_args == (",".join(sings) or None)
 
 
 def test_the_papers_numbers() -> None:
