@@ -6,7 +6,7 @@ They are SVG files, the same to the byte for the same records and the same versi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recipes.tables import TO_PERCENT, Runs
+from recipes.tables import TO_PERCENT, Record, Runs
 
 STYLE: Any = {
     "svg.hashsalt": "sing-plugins",
@@ -29,6 +29,9 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 MAPS_A_ROW = 4
+
+Points = list[tuple[float, float]]
+Lines = Callable[[Record], Points]
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -48,23 +51,39 @@ def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure,
     return figure, flat[:count]
 
 
-def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], file: Path) -> None:
-    """The training loss of each optimizer at its best learning rate and weight decay, one line a seed."""
+def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, file: Path, points: Lines) -> None:
+    """A value over the steps, for each optimizer at its best learning rate and weight decay; one line a seed.
+
+    Args:
+        found: as recipes.tables.runs returns it.
+        labels: of the optimizers.
+        name: of the value; a loss that is never below zero has a logarithmic scale.
+        file: to be written.
+        points: the steps and values of a record.
+    """
+    lines = {label: [points(made) for made in found[label].chosen] for label in labels if label in found}
     with plt.rc_context(STYLE):
         figure, (axes,) = grid(1, 1, 7.0, 3.6)
-        for index, label in enumerate(label for label in labels if label in found):
-            for number, made in enumerate(found[label].chosen):
-                steps, losses = zip(*made["curve"], strict=True) if made["curve"] else ((), ())
+        for index, (label, seeds) in enumerate(lines.items()):
+            for number, seed in enumerate(seeds):
+                steps, values = zip(*seed, strict=True) if seed else ((), ())
                 style: dict[str, Any] = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
-                axes.plot(steps, losses, linewidth=0.9, alpha=0.8, label="" if number else label, **style)
-        if all(
-            loss > 0 for label in labels if label in found for made in found[label].chosen for _, loss in made["curve"]
-        ):
+                axes.plot(steps, values, linewidth=0.9, alpha=0.8, label="" if number else label, **style)
+        if name.endswith("loss") and all(value > 0 for seeds in lines.values() for seed in seeds for _, value in seed):
             axes.set_yscale("log")
         axes.set_xlabel("step")
-        axes.set_ylabel("training loss")
+        axes.set_ylabel(name)
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         save(figure, file)
+
+
+def training_loss(made: Record) -> Points:
+    return [(step, loss) for step, loss in made["curve"]]
+
+
+def evaluations(name: str) -> Lines:
+    """What was measured on the way, such as ``"valid accuracy"``."""
+    return lambda made: [(each["step"], each[name]) for each in made["evaluations"] if name in each]
 
 
 def draw_maps(

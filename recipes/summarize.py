@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from recipes import config, figures, tables
 from recipes.config import RECIPES
+from recipes.figures import Lines
 from recipes.record import results_folder
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -63,9 +64,14 @@ def _section(task: str, name: str, folder: Path | None) -> Section:
     for number, layout in enumerate(tables.layouts(task, name), 1):
         if not found.keys() & set(layout["rows"]):
             continue
-        made.append((layout["title"], tables.table(task, layout, found, tables.reported(task))))
-        figures.draw_curves(found, layout["rows"], place / f"curves-{number}.svg")
-        drawn.append((place / f"curves-{number}.svg", f"{layout['title']}: training loss, one line a seed"))
+        made.append((layout["title"], tables.table(task, layout, found, tables.reported(task, name))))
+        lines: list[tuple[str, str, Lines]] = [("curves", "training loss", figures.training_loss)]
+        if on_the_way := getattr(module, "ON_THE_WAY", None):
+            lines.append(("evaluations", on_the_way, figures.evaluations(on_the_way)))
+        for kind, value, points in lines:
+            file = place / f"{kind}-{number}.svg"
+            figures.draw_curves(found, layout["rows"], value, file, points)
+            drawn.append((file, f"{layout['title']}: {value}, one line a seed"))
     if made:
         figures.draw_maps(
             found, list(found), module.METRIC, place / "tuning.svg", higher_is_better=module.HIGHER_IS_BETTER

@@ -123,17 +123,21 @@ def table(
 
     Args:
         task: one of :data:`recipes.config.TASKS`.
-        layout: an entry of the configuration's ``[[summary]]``: ``title``, ``rows`` (labels) and ``against`` (a label).
+        layout: an entry of the configuration's ``[[summary]]``: ``title``, ``rows`` (labels), ``against`` (a label) and
+            ``also`` (another metric that is to be seen).
         found: as :func:`runs` returns it.
         reported: by label, what the paper reports.
     """
     module = import_module(f"recipes.{task}.task")
     metric, higher = module.METRIC, module.HIGHER_IS_BETTER
-    against = layout["against"]
-    rows = [[f"{cell} {against}" if cell == "against" else cell for cell in HEADER]]
+    against, also = layout["against"], layout.get("also")
+    header = [f"{cell} {against}" if cell == "against" else cell for cell in HEADER]
+    at = HEADER.index("against")
+    header[at:at] = [f"test {also}: mean (range)"] if also else []
+    rows = [header]
     for label in layout["rows"]:
         if label not in found:
-            rows.append([label, *["–"] * (len(HEADER) - 2), reported.get(label, "–")])
+            rows.append([label, *["–"] * (len(header) - 2), reported.get(label, "–")])
             continue
         mine = found[label]
         tests = mine.metric("test", metric)
@@ -147,6 +151,7 @@ def table(
                 f"{mine.best[1]:g}",
                 _values(mine.metric("valid", metric)[:1], metric),
                 _values(tests, metric),
+                *([_values(mine.metric("test", also), also)] if also else []),
                 "" if against == label else verdict(tests, compared, higher_is_better=higher),
                 f"{statistics.fmean(len(made['spikes']) for made in mine.chosen):.1f}",
                 "–" if stable is None else "≥ " * (stable == max(mine.rates)) + f"{stable:g}",
@@ -174,6 +179,7 @@ def layouts(task: str, name: str) -> list[dict[str, Any]]:
     return asked or [{"title": f"{task}, {name}", "rows": every, "against": "adamw" if "adamw" in every else every[-1]}]
 
 
-def reported(task: str) -> dict[str, str]:
-    """What the paper reports, by label: the table ``[reported]`` of the task's configuration ``paper``."""
-    return dict(config.read(task, "paper").get("reported", {}))
+def reported(task: str, name: str) -> dict[str, str]:
+    """What the paper reports, by label: the table ``[reported]`` of the configuration, or of the task's ``paper``."""
+    own = config.read(task, name).get("reported")
+    return dict(own or config.read(task, "paper").get("reported", {}))

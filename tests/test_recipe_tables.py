@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes import config, record, report, run, summarize, tables
+from recipes import config, figures, record, report, run, summarize, tables
 from recipes.config import RECIPES
 
 RATES = ("0.5", "1.0", "5.0")
@@ -78,6 +78,34 @@ def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(resu
     drawn = {file: (results / file).read_bytes() for file in files}
     assert summarize.markdown(summarize.summarize("landscape", results), results) == text
     assert {file: (results / file).read_bytes() for file in files} == drawn
+
+
+def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> None:
+    found = tables.runs("landscape", "small", results)
+    (layout,) = tables.layouts("landscape", "small")
+    header, *rows = tables.table("landscape", layout | {"also": "place"}, found, {})
+    at = header.index("test place: mean (range)")
+    assert header[at - 1] == "test: mean (range)"
+    assert [row[at] for row in rows] == ["4.00 (4.00–4.00)"] * 2
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
+    found = tables.runs("rde", "small")
+    points = figures.evaluations("valid accuracy")
+    (last_step, last), seeds = points(found["adamw"].chosen[0])[-1], len(found["adamw"].chosen)
+    assert (last_step, last) == (3750, found["adamw"].metric("valid", "accuracy")[0])
+    figures.draw_curves(found, ["adamw", "missing"], "valid accuracy", tmp_path / "drawn.svg", points)
+    drawn = (tmp_path / "drawn.svg").read_text()
+    assert "valid accuracy" in drawn
+    in_the_legend = 1
+    assert len(re.findall("stroke: #1f77b4; .*stroke-width: 0.9", drawn)) == seeds + in_the_legend
+
+
+def test_what_the_paper_reports_is_the_configurations_own() -> None:
+    assert tables.reported("imagenet", "paper-resnet34")["sing_adamw"] == "75.67 %"
+    assert tables.reported("imagenet", "paper")["sing_adamw"] == "72.93 %"
+    assert tables.reported("rde", "small") == tables.reported("rde", "paper")
 
 
 def test_only_what_is_between_the_marks_of_a_readme_is_written() -> None:

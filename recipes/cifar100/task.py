@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METRIC = "accuracy"
 HIGHER_IS_BETTER = True
+ON_THE_WAY = "valid accuracy"  # of what is measured during training, what is drawn
 commands = vision.commands
 
 

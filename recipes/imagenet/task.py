@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METRIC = "accuracy"
 HIGHER_IS_BETTER = True
+ON_THE_WAY = "valid accuracy"  # of what is measured during training, what is drawn: the paper's Figure 3
 commands = vision.commands
 
 FEWEST_BLURRED = 16  # channels of what is blurred; the first convolution, which sees the image, is left as it is

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 METRIC = "sacrebleu"
 HIGHER_IS_BETTER = True
+ON_THE_WAY = "test loss"  # of what is measured during training, what is drawn: the paper's Figure 6
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SAVED = re.compile(r"Saved checkpoint .* \(epoch (?P<epoch>\d+) @ (?P<step>\d+) updates, ")
