@@ -3,7 +3,7 @@
     python recipes/data.py --list
     python recipes/data.py office-help fashion-mnist --data FOLDER
 
-Whatever is downloaded is checked against the sha256 that is recorded here or in the task's ``data.py``. A run fetches
+Whatever is downloaded is checked against the digest that is recorded here or in the task's ``data.py``. A run fetches
 what it needs by itself; this command is for machines whose nodes for computing have no network.
 """
 
@@ -44,20 +44,24 @@ class Download:
 
     Attributes:
         urls: where it is, in the order in which they are tried.
-        sha256: of its content.
+        digest: of its content, in hexadecimal.
+        algorithm: of the digest; another one than sha256 is for files whose sha256 nobody has recorded.
+        instead: what to do where it cannot be had.
     """
 
     urls: tuple[str, ...]
-    sha256: str
+    digest: str
+    algorithm: str = "sha256"
+    instead: str = ""
 
     @property
     def name(self) -> str:
         return self.urls[0].rpartition("/")[2]
 
     @classmethod
-    def debian(cls, path: str, sha256: str) -> Download:
+    def debian(cls, path: str, digest: str) -> Download:
         """A package of Debian's; ``path`` is below ``pool/main``. Debian's archive keeps what its mirrors drop."""
-        return cls((f"{DEBIAN}/{path}", f"{SNAPSHOT}/{path}"), sha256)
+        return cls((f"{DEBIAN}/{path}", f"{SNAPSHOT}/{path}"), digest)
 
 
 @dataclass(frozen=True)
@@ -133,29 +137,37 @@ def fetch(download: Download, folder: Path) -> Path:
         SystemExit: it cannot be had, or is not what it should be; says what to do.
     """
     file = folder / "downloads" / download.name
-    if file.exists() and sha256(file) == download.sha256:
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
     problems = []
-    for url in download.urls:
+    if file.exists():
+        problems = _problems(file, download, file)
+        if not problems:
+            return file
+    for url in () if problems else download.urls:  # a file that is there may be somebody's own: it is not written over
         partial = temporary(file)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as content:
                 shutil.copyfileobj(answer, content)
-            found = sha256(partial)
-            if found == download.sha256:
+            found = _problems(partial, download, url)
+            if not found:
                 partial.replace(file)
                 return file
-            problems.append(f"{url} has the sha256 {found}")
+            problems += found
         except (OSError, urllib.error.URLError) as error:
             problems.append(f"{url}: {error}")
         finally:
             partial.unlink(missing_ok=True)
     raise SystemExit(
-        f"{download.name} could not be downloaded ({'; '.join(problems)}). Where there is a network, run\n"
+        f"{download.name} could not be had ({'; '.join(problems)}). Where there is a network, run\n"
         f"  curl -L -o {download.name} {download.urls[0]}\n"
-        f"and put the file, whose sha256 must be {download.sha256}, into {file.parent}."
+        f"and put the file, whose {download.algorithm} must be {download.digest}, into {file.parent}. "
+        f"{download.instead}".rstrip()
     )
+
+
+def _problems(file: Path, download: Download, origin: object) -> list[str]:
+    found = digest(file, download.algorithm)
+    return [] if found == download.digest else [f"{origin} has the {download.algorithm} {found}"]
 
 
 def temporary(file: Path) -> Path:
@@ -163,12 +175,13 @@ def temporary(file: Path) -> Path:
     return file.with_name(f"{file.name}.{os.getpid()}.part")
 
 
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def digest(file: Path, algorithm: str = "sha256") -> str:
+    """Of a file's content, in hexadecimal."""
+    found = hashlib.new(algorithm, usedforsecurity=False)
     with file.open("rb") as content:
         while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 def read_deb(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

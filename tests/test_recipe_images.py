@@ -70,7 +70,7 @@ def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             files[f"usr/share/datasets/fashion-mnist/{name}-ubyte.gz"] = gzip.compress(idx(array))
     package = tmp_path / "clothes_1_all.deb"
     package.write_bytes(debian_package({"usr/share/doc/readme": b"clothes", **files}))
-    download = data.Download((package.as_uri(),), data.sha256(package))
+    download = data.Download((package.as_uri(),), data.digest(package))
     monkeypatch.setattr(small_pictures, "PACKAGE", download)
     return tmp_path
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_downloaded_is_told(tmp_path: Path, monkeypatch: pytest.M
         download = getattr(small_pictures, name)
         monkeypatch.setattr(small_pictures, name, replace(download, urls=(f"{nowhere}/{download.name}",)))
         prepare = small_pictures.cifar100 if name == "ARCHIVE" else small_pictures.fashion_mnist
-        with pytest.raises(SystemExit, match=rf"{known}[\s\S]*curl[\s\S]*{download.sha256}"):
+        with pytest.raises(SystemExit, match=rf"{known}[\s\S]*curl[\s\S]*{download.digest}"):
             prepare(tmp_path)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,12 @@ def test_pages_are_held_out_and_nothing_of_them_is_trained_on() -> None:
 
 def test_another_file_than_the_campaigns_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive(tmp_path, {"de": TRAIN_DE, "en": TRAIN_EN}, {"de": ["a"], "en": ["b"]})
-    with pytest.raises(SystemExit, match=r"(?s)MD5.*\n  curl -L .*of 19982877 bytes.* into .*downloads.*office-help"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)has the md5 .*\n  curl -L .*md5 must be.* into .*downloads.*office-help"
+    ):
         data.fetch_iwslt14(tmp_path)
-    missing = data.Archive(f"file://{tmp_path}/nowhere.tgz", 1, "")
+    assert (tmp_path / "downloads" / "de-en.tgz").exists()
+    missing = replace(data.ARCHIVE, urls=(f"file://{tmp_path}/nowhere.tgz",))
     monkeypatch.setattr(data, "ARCHIVE", missing)
     with pytest.raises(SystemExit, match=r"could not be had \(.*No such file"):
         data.fetch_iwslt14(tmp_path)
@@ -243,7 +247,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = {language: "".join(f"{line}\n" for line in lines) for language, lines in numbers(180).items()}
     file = archive(folder, train, {language: lines[:3] for language, lines in numbers(3).items()})
     content = file.read_bytes()
-    known = data.Archive(data.ARCHIVE.url, len(content), hashlib.md5(content).hexdigest())
+    known = replace(data.ARCHIVE, digest=hashlib.md5(content).hexdigest())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "ARCHIVE", known)
         prepared = Data("iwslt14", 40).prepare(folder)

