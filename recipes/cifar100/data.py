@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
-from recipes.data import Download, fetch, read_deb, temporary
+from recipes.data import Download, fetch, filled, read_deb
 
 # The sha256 is the one that Keras and torchvision's prototypes have recorded; the download itself was not tried here.
 ARCHIVE = Download(
@@ -65,17 +64,13 @@ def cifar100(folder: Path) -> Path:
         SystemExit: as :func:`recipes.data.fetch`.
     """
     target = folder / str(CIFAR100.base_folder)
-    if not target.exists():
-        archive, partial = fetch(ARCHIVE, folder), temporary(target)
-        with tarfile.open(archive) as files:
-            files.extractall(partial, filter="data")
-        try:
-            (partial / target.name).rename(target)
-        except OSError:  # another run was faster
-            if not target.exists():
-                raise
-        shutil.rmtree(partial)
-    return target
+
+    def unpack(making: Path) -> Path:
+        with tarfile.open(fetch(ARCHIVE, folder)) as files:
+            files.extractall(making, filter="data")
+        return making / target.name
+
+    return filled(target, unpack)
 
 
 def read_cifar100(folder: Path) -> tuple[Pictures, Pictures]:

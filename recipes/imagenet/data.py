@@ -1,4 +1,5 @@
-"""ImageNet from the user's own files, through timm: a folder of images or WebDataset shards."""
+"""ImageNet from the user's own files, through timm: a folder of images or WebDataset shards. Where there are none,
+Fashion-MNIST written as such a folder stands in for it."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from timm.data import create_dataset, create_transform  # type: ignore[attr-defined]
 from torch.utils.data import Dataset, Subset
 
 from recipes import vision
+from recipes.cifar100.data import read_fashion_mnist
+from recipes.data import filled
 
 TRAIN, TEST = "train", "validation"
+STAND_IN = {"train": 20_000, "val": 10_000}  # Fashion-MNIST's first images; so many files are enough
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Data:
     Attributes:
         path: of the folder, absolute or in the folder of all data sets. In it are either the folders ``train`` and
             ``val`` (or ``validation``) with a folder for each class, or shards whose names begin with the two.
-        format: ``"folder"`` or ``"webdataset"``.
+        format: ``"folder"``, ``"webdataset"``, or ``"fashion-mnist"``, which makes a folder if it is not there.
         classes: how many there are.
         valid: how many images of the training set are held out for tuning; 0 is accepted.
         train_size: side in pixels of what is trained with.
@@ -124,4 +129,32 @@ def _webdataset(data: Data, folder: Path, split: str) -> Any:
     )
 
 
-FORMATS = {"folder": _folder, "webdataset": _webdataset}
+def fashion_mnist_folder(folder: Path, name: str = "fashion-mnist-folder") -> Path:
+    """Fashion-MNIST's images as files, in the folders that ImageNet has.
+
+    Args:
+        folder: of all data sets.
+        name: of the folder in it.
+
+    Raises:
+        SystemExit: as :func:`recipes.data.fetch`.
+    """
+
+    def write(making: Path) -> Path:
+        for (split, count), pictures in zip(STAND_IN.items(), read_fashion_mnist(folder), strict=True):
+            for label in set(pictures.labels.tolist()):
+                (making / split / str(label)).mkdir(parents=True)
+            labelled = zip(pictures.labels[:count].tolist(), pictures.pixels[:count, 0].numpy(), strict=True)
+            for number, (label, pixels) in enumerate(labelled):
+                Image.fromarray(pixels).save(making / split / str(label) / f"{number:05}.png")
+        return making
+
+    return filled(folder / name, write)
+
+
+def _fashion_mnist(data: Data, folder: Path, split: str) -> Any:
+    fashion_mnist_folder(folder, data.path)
+    return _folder(data, folder, split)
+
+
+FORMATS = {"folder": _folder, "webdataset": _webdataset, "fashion-mnist": _fashion_mnist}

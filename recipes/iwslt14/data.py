@@ -12,16 +12,14 @@ import html
 import os
 import random
 import re
-import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes import office_help
-from recipes.data import Download, fetch
+from recipes.data import Download, fetch, filled
 from recipes.demo.with_fairseq import command
 
 SPLITS = ("train", "valid", "test")
@@ -105,22 +103,7 @@ class Data:
         Raises:
             SystemExit: the data set cannot be had; says what to do.
         """
-        done = self.folder(folder)
-        if done.exists():
-            return done
-        corpus = CORPORA[self.name](self, folder)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f"{done.name}.", dir=done.parent))
-        try:
-            write(corpus, making, self.merges)
-            making.chmod(0o755)  # mkdtemp's folders are for their owner only
-            making.replace(done)
-        except OSError:
-            if not done.exists():  # it does where another process was at it too, and was quicker
-                raise
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-        return done
+        return filled(self.folder(folder), lambda making: write(CORPORA[self.name](self, folder), making, self.merges))
 
 
 def fetch_iwslt14(folder: Path) -> Path:
@@ -248,8 +231,8 @@ def clean(pairs: Iterable[Pair], shortest: int, longest: int, ratio: float = flo
             yield pair
 
 
-def write(corpus: Corpus, folder: Path, merges: int) -> None:
-    """Write a corpus in sub-words and run ``fairseq-preprocess``."""
+def write(corpus: Corpus, folder: Path, merges: int) -> Path:
+    """Write a corpus in sub-words and run ``fairseq-preprocess``; returns the folder."""
     segment = learn_sub_words(
         [side for pair in corpus["train"] for side in (pair.german, pair.english)], merges, folder
     )
@@ -262,6 +245,7 @@ def write(corpus: Corpus, folder: Path, merges: int) -> None:
         for suffix, texts in lines.items():
             (folder / f"{split}.{suffix}").write_text("".join(f"{text}\n" for text in texts))
     subprocess.run(preprocess_command(folder), check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def learn_sub_words(sentences: Sequence[str], merges: int, folder: Path) -> Callable[[str], str]:
