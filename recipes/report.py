@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
 from recipes import config, record
-from recipes.summarize import Section, summarize
+from recipes.summarize import Section, overview, summarize
 
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --mark: #2a7d4f; }
@@ -39,8 +39,13 @@ details { margin: 1rem 0; } summary { cursor: pointer; }
 """
 
 
-def page(sections: Sequence[Section]) -> str:
-    """The page, as HTML."""
+def page(sections: Sequence[Section], overview: Sequence[Sequence[str]]) -> str:
+    """The page, as HTML.
+
+    Args:
+        sections: as recipes.summarize.summarize returns them, of all tasks.
+        overview: the rows of a table that is to come first, the header among them.
+    """
     links = "".join(f'<a href="#{_id(section)}">{escape(section.task)}, {section.config}</a>' for section in sections)
     return (
         "<!DOCTYPE html>\n"
@@ -52,7 +57,8 @@ def page(sections: Sequence[Section]) -> str:
         " Every optimizer of a table was tuned with the same number of runs, on a validation set. “Better” means that"
         " each seed of the one is better on the test set than each seed of the other. The last column is what the paper"
         " reports for its own, much larger experiment.</p>\n"
-        f"<nav>{links}</nav>\n{''.join(map(_section, sections))}</body></html>\n"
+        f"<nav>{links}</nav>\n{_table('SING beside AdamW, on the test set', overview)}"
+        f"{''.join(map(_section, sections))}</body></html>\n"
     )
 
 
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=config.RECIPES.parent / "report.html", help="%(default)s")
     options = parser.parse_args(arguments)
     sections = [section for task in config.TASKS for section in summarize(task)]
-    options.output.write_text(page(sections), encoding="utf-8")
+    options.output.write_text(page(sections, overview()), encoding="utf-8")
     print(options.output)
     return 0
 

@@ -1,4 +1,4 @@
-"""Write the tables and figures of every task's README anew, from the records.
+"""Write the tables and figures of every task's README anew, and the overview of recipes/README.md, from the records.
 
     python recipes/summarize.py [TASK ...]
 
@@ -49,15 +49,23 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
         task: one of :data:`recipes.config.TASKS`.
         folder: of the records, instead of ``recipes/TASK/results``.
     """
-    names = sorted(file.stem for file in (RECIPES / task / "configs").glob("*.toml"))
-    sections = [
-        _section(task, name, folder) for name in names if any(results_folder(task, name, folder).glob("*.json"))
-    ]
+    sections = [_section(task, name, found, folder) for name, found in _runs(task, folder).items()]
     return [section for section in sections if section.tables]
 
 
-def _section(task: str, name: str, folder: Path | None) -> Section:
-    found = tables.runs(task, name, folder)
+def overview() -> list[list[str]]:
+    """SING beside AdamW in all tasks."""
+    return tables.overview({(task, name): found for task in config.TASKS for name, found in _runs(task).items()})
+
+
+def _runs(task: str, folder: Path | None = None) -> dict[str, dict[str, tables.Runs]]:
+    """By configuration, if it has records."""
+    names = sorted(file.stem for file in (RECIPES / task / "configs").glob("*.toml"))
+    recorded = [name for name in names if any(results_folder(task, name, folder).glob("*.json"))]
+    return {name: tables.runs(task, name, folder) for name in recorded}
+
+
+def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path | None) -> Section:
     module = import_module(f"recipes.{task}.task")
     place = results_folder(task, name, folder)
     made, drawn = [], []
@@ -95,11 +103,16 @@ def markdown(sections: Sequence[Section], beside: Path) -> str:
     parts = []
     for section in sections:
         parts.append(f"### Configuration `{section.config}`")
-        for title, (header, *rows) in section.tables:
-            lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-            parts += [f"**{title}**", "\n".join(lines)]
+        for title, rows in section.tables:
+            parts += [f"**{title}**", markdown_table(rows)]
         parts += [f"![{caption}]({file.relative_to(beside).as_posix()})" for file, caption in section.figures]
     return "\n\n".join(parts)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Of rows, the first of which is the header."""
+    header, *others = rows
+    return "\n".join(map(_line, [header, ["---"] * len(header), *others]))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -133,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         if sections:
             readme.write_text(insert(readme.read_text(), markdown(sections, readme.parent)))
             print(f"{task}: {', '.join(section.config for section in sections)}")
+    rules = RECIPES / "README.md"
+    rules.write_text(insert(rules.read_text(), markdown_table(overview())))
     return 0
 
 

@@ -16,6 +16,7 @@ from recipes.tune import Point, best, score
 
 SEEDS = 3  # that a comparison needs
 STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
+SING, NO_SOFTPLUS = ("sing_adamw", "sing"), "sing_no_softplus"  # labels, the first of whatever the task calls it
 TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
 
 Record = Mapping[str, Any]
@@ -160,6 +161,29 @@ def table(
                 reported.get(label, "–"),
             ]
         )
+    return rows
+
+
+def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[str]]:
+    """SING beside AdamW: the header, and a row for each configuration that has records of both.
+
+    Args:
+        found: by task and configuration, as :func:`runs` returns it.
+    """
+    rows = [["task", "configuration", "data", "metric", "adamw", "sing", "sing without softplus"]]
+    for (task, name), mine in found.items():
+        module = import_module(f"recipes.{task}.task")
+        metric, higher = module.METRIC, module.HIGHER_IS_BETTER
+        sing = next((label for label in SING if label in mine), "")
+        if not sing or "adamw" not in mine:
+            continue
+        adamw, data = mine["adamw"].metric("test", metric), mine["adamw"].settings["data"]
+        cells = [_values(adamw, metric)]
+        for label in (sing, NO_SOFTPLUS):
+            tests = mine[label].metric("test", metric) if label in mine else ()
+            against = verdict(tests, adamw, higher_is_better=higher)
+            cells.append(f"{_values(tests, metric)}, {against}" if label in mine else "–")
+        rows.append([task, name, str(data.get("name", data.get("path", task))), metric, *cells])
     return rows
 
 

@@ -116,6 +116,23 @@ def test_only_what_is_between_the_marks_of_a_readme_is_written() -> None:
         summarize.insert("nothing", "TABLE")
 
 
+def test_published_overview_is_that_of_the_records() -> None:
+    readme = (RECIPES / "README.md").read_text()
+    assert summarize.insert(readme, summarize.markdown_table(summarize.overview())) == readme
+
+
+def test_overview_has_both_optimizers_and_who_is_better() -> None:
+    found = tables.runs("rde", "small")
+    _, row = tables.overview({("rde", "small"): found, ("rde", "paper"): {"adamw": found["adamw"]}})
+    (layout, *_) = tables.layouts("rde", "small")
+    header, *rows = tables.table("rde", layout, found, {})
+    by_label = {cells[0]: dict(zip(header, cells, strict=True)) for cells in rows}
+    expected = [by_label["adamw"]["test: mean (range)"]]
+    for label in ("sing_adamw", "sing_no_softplus"):
+        expected.append(f"{by_label[label]['test: mean (range)']}, {by_label[label]['against adamw']}")
+    assert row == ["rde", "small", "rde", "accuracy", *expected]
+
+
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_tables_are_those_of_the_records(task: str, tmp_path: Path) -> None:
     shutil.copytree(RECIPES / task / "results", tmp_path / "results")
@@ -159,7 +176,7 @@ class _Page(HTMLParser):
 def test_report_is_one_sound_page_that_loads_nothing_else(results: Path) -> None:
     (section,) = summarize.summarize("landscape", results)
     reader = _Page()
-    reader.feed(report.page([section]))
+    reader.feed(report.page([section], tables.overview({})))
     assert not reader.depth
     assert reader.cells > 20
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in reader.sources)
