@@ -57,7 +57,7 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
     Args:
         found: as recipes.tables.runs returns it.
         labels: of the optimizers.
-        name: of the value; a loss that is never below zero has a logarithmic scale.
+        name: of the value; the training loss has a logarithmic scale if it is never below zero.
         file: to be written.
         points: the steps and values of a record.
     """
@@ -69,7 +69,9 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
                 steps, values = zip(*seed, strict=True) if seed else ((), ())
                 style: dict[str, Any] = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
                 axes.plot(steps, values, linewidth=0.9, alpha=0.8, label="" if number else label, **style)
-        if name.endswith("loss") and all(value > 0 for seeds in lines.values() for seed in seeds for _, value in seed):
+        if name == "training loss" and all(
+            value > 0 for seeds in lines.values() for seed in seeds for _, value in seed
+        ):
             axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel(name)
