@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from torch import distributed
 
@@ -30,20 +32,25 @@ def say(message: str, *, level: int = logging.WARNING, once: bool = False) -> No
     logger.log(level, "SING: %s", message)
 
 
-def hint_learning_rate(lr: float, framework_default: float | None = None) -> None:
+def hint_learning_rate(options: Mapping[str, Any], framework_default: float | None = None) -> None:
     """Say so, once, when the learning rate is a framework's untouched default or looks like AdamW's.
 
     Args:
-        lr: the learning rate that was asked for.
-        framework_default: what the framework takes when nothing is asked for.
+        options: the optimizer's; ``lr``, and ``softplus_beta``, without which AdamW's learning rate is right.
+        framework_default: the learning rate that the framework takes when nothing is asked for.
     """
+    if options["lr"] is None:  # timm's Adafactor finds its own
+        return
+    lr, has_softplus = float(options["lr"]), options.get("softplus_beta", 50.0) is not None
     advice = (
         "SING usually wants about ten times AdamW's best lr (and a tenth of its weight decay): the paper used 5e-3 to "
         "1e-1 from scratch and 2e-4 to 8e-4 for fine-tuning."
+        if has_softplus
+        else "SING without softplus usually wants about AdamW's best lr."
     )
     if framework_default is not None and lr == framework_default:
         say(f"lr={lr:g} is the framework's default. {advice}", once=True)
-    elif 0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY:
+    elif has_softplus and (0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY):
         say(f"lr={lr:g} looks like a learning rate of AdamW. {advice}", once=True)
 
 

@@ -305,8 +305,7 @@ def create_optimizer(
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    if optimizer.defaults["lr"] is not None:  # timm's Adafactor finds its own
-        hint_learning_rate(float(optimizer.defaults["lr"]), framework_lr)
+    hint_learning_rate(optimizer.defaults, framework_lr)
     return optimizer
 
 

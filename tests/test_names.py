@@ -169,6 +169,13 @@ def test_learning_rate_of_the_paper_gets_no_hint(lr: float, caplog: pytest.LogCa
     assert "looks like" not in caplog.text
 
 
+def test_without_softplus_adamws_learning_rate_is_right(caplog: pytest.LogCaptureFixture) -> None:
+    create_optimizer(model(), lr=1e-3, freeze="none", softplus_beta=None)
+    assert "looks like" not in caplog.text
+    create_optimizer(model(), lr=5e-5, freeze="none", softplus_beta=None, framework_lr=5e-5)
+    assert "is the framework's default. SING without softplus usually wants about AdamW's best lr." in caplog.text
+
+
 def test_public_names_are_importable_and_listed() -> None:
     assert dir(sing_plugins) == sorted(sing_plugins.__all__)
     for name in sing_plugins.__all__:

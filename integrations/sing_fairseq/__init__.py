@@ -133,7 +133,7 @@ def _prepare(cfg: Any, model: nn.Module) -> None:
     frozen = freeze_parameters(model, freeze)
     rate = options.get("weight_decay", 0.0)
     log_groups(freeze, frozen, [{"weight_decay": rate, **group} for group in decay_groups(model, options)])
-    hint_learning_rate(options["lr"], DEFAULT_LR)
+    hint_learning_rate(options, DEFAULT_LR)
     if options.get("normalize", True):
         hint_clipping("--clip-norm", cfg.optimization.clip_norm)
 

@@ -122,8 +122,7 @@ def _build(registry: factory.OptimizerRegistry, name: str, params: ParamsT, **op
             f"Invalid freeze: {freeze!r} for parameters whose layers are not known. Accepted: none. Pass the model."
         )
     optimizer = named.build(params, **typed)
-    if optimizer.defaults["lr"] is not None:
-        hint_learning_rate(float(optimizer.defaults["lr"]))
+    hint_learning_rate(optimizer.defaults)
     return optimizer
 
 
