@@ -54,7 +54,7 @@ def page(sections: Sequence[Section], overview: Sequence[Sequence[str]]) -> str:
         f"<title>SING: recipes and results</title><style>{CSS}</style></head><body>\n"
         "<h1>SING beside other optimizers</h1>\n"
         "<p>Every number is from a record in the repository; recipes/README.md has the rules, older than the runs."
-        " Every optimizer of a table was tuned with the same number of runs, on a validation set. “Better” means that"
+        " Every optimizer of a table was tuned with the same budget of runs, on a validation set. “Better” means that"
         " each seed of the one is better on the test set than each seed of the other. The last column is what the paper"
         " reports for its own, much larger experiment.</p>\n"
         f"<nav>{links}</nav>\n{_table('SING beside AdamW, on the test set', overview)}"
