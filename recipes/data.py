@@ -268,9 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or not (options.names or options.list):
         parser.error(f"Invalid NAME: {', '.join(unknown) or 'none given'}. Accepted: {', '.join(DATA_SETS)}.")
     if options.list:
-        for name, data_set in DATA_SETS.items():
-            role = f"stands in for {data_set.stands_in_for}" if data_set.stands_in_for else "the paper's"
-            print(f"{name:16} {role:28} {data_set.about}")
+        rows = [
+            (name, f"stands in for {each.stands_in_for}" if each.stands_in_for else "the paper's", each.about)
+            for name, each in DATA_SETS.items()
+        ]
+        wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
+        print("\n".join(f"{name:{wide}}  {role:{wider}}  {about}" for name, role, about in rows))
     for name in options.names:
         print(f"{name}: {DATA_SETS[name].fetch(options.data.resolve())}")
     return 0

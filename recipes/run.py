@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -152,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     first = int(os.environ.get("RANK", "0")) == 0
     if file.exists():
         if first:
-            print(f"{file} exists: this run is done.")
+            print(f"{file} exists: this run is done ({summary(json.loads(file.read_text()))}).")
+            print(f"It is made again with --results and another folder than {options.results or 'the published one'}.")
         return 0
     work = options.work.resolve() / settings.task / settings.stem
     if work.exists() and not options.resume and first:
@@ -169,9 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
     if first:
         record.write(made, file)
         shutil.rmtree(work)
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in made["metrics"].items())
-        run.say(f"{made['status']}: {metrics}\n{file}")
+        run.say(f"{summary(made)}\n{file}")
     return 0
+
+
+def summary(made: Mapping[str, Any]) -> str:
+    """What a record comes to, in a line."""
+    return ", ".join([made["status"], *(f"{name} {value:.4g}" for name, value in made["metrics"].items())])
 
 
 if __name__ == "__main__":

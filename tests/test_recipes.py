@@ -151,7 +151,9 @@ def test_run_writes_one_record_and_is_not_repeated(tmp_path: Path, capsys: pytes
     assert not any((tmp_path / "work").rglob("*.json"))
     capsys.readouterr()
     assert start(tmp_path, "landscape", "small", "--seed", "2") == [made]
-    assert "exists: this run is done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exists: this run is done (finished, valid value -2, " in printed
+    assert f"with --results and another folder than {tmp_path / 'results'}." in printed
 
 
 def test_dry_run_prints_the_settings_and_the_command_and_trains_nothing(
