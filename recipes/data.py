@@ -142,32 +142,37 @@ def fetch(download: Download, folder: Path) -> Path:
         SystemExit: it cannot be had, or is not what it should be; says what to do.
     """
     file = folder / "downloads" / download.name
+    # What is there may be somebody's own: it is not written over.
+    problems = _problems(file, download, file) if file.exists() else _download(download, file)
+    if problems:
+        raise SystemExit(
+            f"{download.name} could not be had ({'; '.join(problems)}). Where there is a network, run\n"
+            f"  curl -L -o {download.name} {download.urls[0]}\n"
+            f"and put the file, whose {download.algorithm} must be {download.digest}, into {file.parent}. "
+            f"{download.instead}".rstrip()
+        )
+    return file
+
+
+def _download(download: Download, file: Path) -> list[str]:
+    """Try one address after the other; why none of them would do, or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     problems = []
-    if file.exists():
-        problems = _problems(file, download, file)
-        if not problems:
-            return file
-    for url in () if problems else download.urls:  # a file that is there may be somebody's own: it is not written over
+    for url in download.urls:
         partial = temporary(file)
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as content:
                 shutil.copyfileobj(answer, content)
             found = _problems(partial, download, url)
             if not found:
                 partial.replace(file)
-                return file
+                return []
             problems += found
         except (OSError, urllib.error.URLError) as error:
             problems.append(f"{url}: {error}")
         finally:
             partial.unlink(missing_ok=True)
-    raise SystemExit(
-        f"{download.name} could not be had ({'; '.join(problems)}). Where there is a network, run\n"
-        f"  curl -L -o {download.name} {download.urls[0]}\n"
-        f"and put the file, whose {download.algorithm} must be {download.digest}, into {file.parent}. "
-        f"{download.instead}".rstrip()
-    )
+    return problems
 
 
 def _problems(file: Path, download: Download, origin: object) -> list[str]:

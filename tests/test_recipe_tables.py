@@ -153,9 +153,8 @@ def test_published_records_say_what_made_them(task: str) -> None:
         assert made["hardware"]["processor"], file
         assert made["seconds"] > 0 or task == "landscape", file
         sing = made["optimizer"]["opt"].startswith("sing")
-        trained = str(made["optimizer_class"]).startswith(
-            ("sing_plugins.", "FairseqSING")
-        )  # fairseq keeps the name only
+        # fairseq keeps the class's name only
+        trained = str(made["optimizer_class"]).startswith(("sing_plugins.", "FairseqSING"))
         assert not made["metrics"] or trained == sing, file
 
 
