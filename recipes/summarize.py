@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,10 +56,11 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
 
 def overview() -> list[list[str]]:
     """SING beside AdamW in all tasks."""
-    return tables.overview({(task, name): found for task in config.TASKS for name, found in _runs(task).items()})
+    return tables.overview({(task, name): found for task in config.TASKS for name, found in _runs(task, None).items()})
 
 
-def _runs(task: str, folder: Path | None = None) -> dict[str, dict[str, tables.Runs]]:
+@cache  # the tables of a task and the overview are of the same records
+def _runs(task: str, folder: Path | None) -> dict[str, dict[str, tables.Runs]]:
     """By configuration, if it has records."""
     names = sorted(file.stem for file in (RECIPES / task / "configs").glob("*.toml"))
     recorded = [name for name in names if any(results_folder(task, name, folder).glob("*.json"))]
