@@ -147,8 +147,8 @@ def read_all(task: str, config: str, folder: Path | None = None) -> list[dict[st
 
 
 def results_folder(task: str, config: str, folder: Path | None = None) -> Path:
-    """Where the records of a configuration are; ``folder`` stands for ``recipes/TASK/results``."""
-    return (folder or RECIPES / task / "results") / config
+    """Where the records of a configuration are: ``recipes/TASK/results/CONFIG``, or ``folder/TASK/CONFIG``."""
+    return (folder / task if folder else RECIPES / task / "results") / config
 
 
 def commit() -> dict[str, Any]:

@@ -48,7 +48,7 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
 
     Args:
         task: one of :data:`recipes.config.TASKS`.
-        folder: of the records, instead of ``recipes/TASK/results``.
+        folder: with a folder of records for each task, instead of ``recipes/TASK/results``.
     """
     sections = [_section(task, name, found, folder) for name, found in _runs(task, folder).items()]
     return [section for section in sections if section.tables]

@@ -72,12 +72,13 @@ def test_better_is_every_seed_better_than_every_seed(one: Any, other: Any, highe
 
 def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(results: Path) -> None:
     (section,) = summarize.summarize("landscape", results)
-    text = summarize.markdown([section], results)
+    beside = results / "landscape"
+    text = summarize.markdown([section], beside)
     files = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert files == ["small/curves-1.svg", "small/tuning.svg", "small/path.svg"]
-    drawn = {file: (results / file).read_bytes() for file in files}
-    assert summarize.markdown(summarize.summarize("landscape", results), results) == text
-    assert {file: (results / file).read_bytes() for file in files} == drawn
+    drawn = {file: (beside / file).read_bytes() for file in files}
+    assert summarize.markdown(summarize.summarize("landscape", results), beside) == text
+    assert {file: (beside / file).read_bytes() for file in files} == drawn
 
 
 def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> None:
@@ -135,10 +136,10 @@ def test_overview_has_both_optimizers_and_who_is_better() -> None:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_tables_are_those_of_the_records(task: str, tmp_path: Path) -> None:
-    shutil.copytree(RECIPES / task / "results", tmp_path / "results")
+    shutil.copytree(RECIPES / task / "results", tmp_path / "results" / task)
     readme = (RECIPES / task / "README.md").read_text()
-    text = summarize.markdown(summarize.summarize(task, tmp_path / "results"), tmp_path)
-    assert summarize.insert(readme, text) == readme
+    text = summarize.markdown(summarize.summarize(task, tmp_path / "results"), tmp_path / "results")
+    assert summarize.insert(readme, text.replace(f"]({task}/", "](results/")) == readme
     assert all((RECIPES / task / file).exists() for file in re.findall(r"\]\((results/[^)]+)\)", readme))
 
 

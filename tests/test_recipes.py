@@ -40,7 +40,7 @@ def start(folder: Path, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
     """Run recipes/run.py in this process; returns the records that there are then."""
     places = ["--data", str(folder / "data"), "--work", str(folder / "work"), "--results", str(folder / "results")]
     assert run.main([*arguments, *places]) == code
-    return [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*/*.json"))]
+    return [json.loads(file.read_text()) for file in sorted((folder / "results").rglob("*.json"))]
 
 
 def changes(*texts: str) -> list[str]:
@@ -264,6 +264,7 @@ def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
     assert table.count("*") == 1
     written = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
     assert len(written) == 3  # there is one weight decay
+    assert {file.parent for file in written} == {results / "landscape" / "small"}
     assert tune.main([*asked, "--seeds", "2"]) == 0
     again = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
     assert written.items() <= again.items()
