@@ -263,7 +263,7 @@ def arguments(folder: Path, results: str, *more: str, tiny: list[str] = TINY) ->
 
 
 def record_of(folder: Path, results: str) -> dict[str, Any]:
-    (file,) = (folder / results).rglob("*.json")
+    (file,) = (folder / results / "iwslt14" / "paper").glob("*.json")
     record: dict[str, Any] = json.loads(file.read_text())
     return record
 

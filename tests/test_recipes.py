@@ -40,7 +40,7 @@ def start(folder: Path, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
     """Run recipes/run.py in this process; returns the records that there are then."""
     places = ["--data", str(folder / "data"), "--work", str(folder / "work"), "--results", str(folder / "results")]
     assert run.main([*arguments, *places]) == code
-    return [json.loads(file.read_text()) for file in sorted((folder / "results").rglob("*.json"))]
+    return [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*/*/*.json"))]
 
 
 def changes(*texts: str) -> list[str]:
