@@ -208,6 +208,17 @@ def filled(target: Path, fill: Callable[[Path], Path]) -> Path:
     return target
 
 
+def made_of(settings: object, *sources: str) -> str:
+    """A name for what is made of settings by the code in these files (``__file__``): another one when either changes.
+
+    Else a run would go on with what an earlier version of the code has made.
+    """
+    found = hashlib.sha256(repr(settings).encode())
+    for source in sources:
+        found.update(Path(source).read_bytes())
+    return found.hexdigest()[:8]
+
+
 def digest(file: Path, algorithm: str = "sha256") -> str:
     """Of a file's content, in hexadecimal."""
     found = hashlib.new(algorithm, usedforsecurity=False)

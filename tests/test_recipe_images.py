@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import debian
 import numpy as np
 import pytest
 import torch
@@ -49,20 +50,6 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
-def debian_package(files: dict[str, bytes]) -> bytes:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    package = b"!<arch>\n"
-    for name, content in {"debian-binary": b"2.0\n", "data.tar.xz": archive.getvalue()}.items():
-        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
-        package += content + b"\n" * (len(content) % 2)
-    return package
-
-
 @pytest.fixture
 def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder whose Fashion-MNIST is a small package of the official form: label k has a bright row k."""
@@ -75,7 +62,7 @@ def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, array in ((f"{part}-images-idx3", pixels), (f"{part}-labels-idx1", labels)):
             files[f"usr/share/datasets/fashion-mnist/{name}-ubyte.gz"] = gzip.compress(idx(array))
     package = tmp_path / "clothes_1_all.deb"
-    package.write_bytes(debian_package({"usr/share/doc/readme": b"clothes", **files}))
+    package.write_bytes(debian.package({"usr/share/doc/readme": b"clothes", **files}))
     download = data.Download((package.as_uri(),), data.digest(package))
     monkeypatch.setattr(small_pictures, "PACKAGE", download)
     return tmp_path

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import debian
 import numpy as np
 import pytest
 import trainer_models
 from trainer_models import record, start
 from transformers import AutoTokenizer, TrainingArguments
 
-from recipes import config, data, run
+from recipes import config, data, office_help, run
 from recipes.office_help import Paragraph
 from recipes.squad import data as squad_data
 from recipes.squad import metrics, task
@@ -169,6 +170,21 @@ def test_a_page_is_in_one_split() -> None:
     parts = squad_data.split_articles(articles)
     assert {name: len(part) for name, part in parts.items()} == {"validation": 5, "test": 5, "train": 40}
     assert len({article["title"] for part in parts.values() for article in part}) == 50
+
+
+def test_the_stand_in_is_made_of_the_pages_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "<h2 id=a>Cut {0}</h2><p id=b>Cuts the row {0} out. See above.</p><p id=c>Rows can be moved in this way.</p>"
+    pages = {f"usr/share/libreoffice/help/en/text/p{n}.html": page.format(n).encode() for n in range(10)}
+    package = tmp_path / "help_1_all.deb"
+    package.write_bytes(debian.package(pages))
+    monkeypatch.setitem(office_help.PACKAGES, "en", data.Download((package.as_uri(),), data.digest(package)))
+    made = data.DATA_SETS["office-help-qa"].fetch(tmp_path / "data")
+    files = {split: tmp_path / "data" / name for split, name in squad_data.FILES["office-help-qa"].items()}
+    assert sorted(files.values()) == sorted(made.iterdir())
+    rows = {split: squad_data.read(file) for split, file in files.items()}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 8, "validation": 1, "test": 1}
+    for row in (row for part in rows.values() for row in part):
+        assert row["answers"]["text"] == [f"Cuts the row {row['question'].removeprefix('Cut ')} out."]
 
 
 def test_what_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:

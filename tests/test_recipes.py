@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import tarfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import debian
 import numpy as np
 import pytest
 import torch
@@ -313,18 +312,8 @@ def test_another_file_of_that_name_is_refused_and_left_alone(tmp_path: Path) -> 
 
 
 def test_debian_package_is_read_without_being_installed(tmp_path: Path) -> None:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
-        for name, content in (("./usr/a.txt", b"wanted"), ("./usr/b.bin", b"no")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    package = b"!<arch>\n"
-    for name, content in (("debian-binary", b"2.0"), ("control.tar.xz", b"x"), ("data.tar.xz", archive.getvalue())):
-        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
-        package += b"\n" * (len(content) % 2)
     file = tmp_path / "a.deb"
-    file.write_bytes(package)
+    file.write_bytes(debian.package({"usr/a.txt": b"wanted", "usr/b.bin": b"no"}))
     assert list(data.read_deb(file, lambda name: name.endswith(".txt"))) == [("usr/a.txt", b"wanted")]
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match="Not a Debian package"):
@@ -441,6 +430,20 @@ def test_splits_of_rde_do_not_overlap(tmp_path: Path) -> None:
     assert_array_equal(parts["test"].grey, again["test"].grey)
     everything = rectangles.draw(16, 16, 3, 0)
     assert_array_equal(np.concatenate([part.grey for part in parts.values()]), everything.grey)
+
+
+def test_pictures_that_another_version_of_the_code_has_drawn_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Data(16, 3, train=2, valid=1, test=1)
+    settings.load(tmp_path)
+    settings.load(tmp_path)
+    assert len(list(tmp_path.glob("rde/*"))) == 1
+    changed = tmp_path / "rectangles.py"
+    changed.write_bytes(Path(rectangles.__file__).read_bytes() + b"DARKEST = 0.5\n")
+    monkeypatch.setattr(rectangles, "__file__", str(changed))
+    settings.load(tmp_path)
+    assert len(list(tmp_path.glob("rde/*"))) == 2
 
 
 def test_schedules_warm_up_and_end_at_nothing() -> None:

@@ -7,7 +7,6 @@ LibreOffice, split by page.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import os
 import random
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes import office_help
-from recipes.data import Download, fetch, filled
+from recipes.data import Download, fetch, filled, made_of
 from recipes.demo.with_fairseq import command
 
 SPLITS = ("train", "valid", "test")
@@ -88,7 +87,7 @@ class Data:
 
     def folder(self, folder: Path) -> Path:
         """Where :meth:`prepare` puts it, below the folder of all data sets."""
-        return folder / "iwslt14" / f"{self.name}-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
+        return folder / "iwslt14" / f"{self.name}-{made_of(self, __file__, office_help.__file__)}"
 
     def prepare(self, folder: Path) -> Path:
         """Make what is needed, unless it is there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes import vision
+from recipes.data import made_of
 from recipes.rde import rectangles
 from recipes.rde.rectangles import Pictures
 
@@ -42,7 +42,7 @@ class Data:
 
     def load(self, folder: Path) -> dict[str, Pictures]:
         """Draw the pictures, or take those that were drawn before; by split."""
-        file = folder / "rde" / f"{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}.npz"
+        file = folder / "rde" / f"{made_of(self, rectangles.__file__)}.npz"
         if file.exists():
             with np.load(file) as arrays:
                 drawn = Pictures(arrays["grey"], arrays["owner"], arrays["height"])

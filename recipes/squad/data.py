@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import office_help
-from recipes.data import SEED, Download, fetch, split, temporary
+from recipes import data, office_help
+from recipes.data import SEED, Download, fetch, filled, made_of, split
 from recipes.office_help import Paragraph
 
 _SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
@@ -21,10 +21,11 @@ SQUAD = {
 }
 OFFICE_HELP_QA = "office-help-qa"
 SPLITS = ("train", "validation", "test")
+_FOLDER = f"{OFFICE_HELP_QA}-{made_of(SPLITS, __file__, office_help.__file__, data.__file__)}"
 # data set -> split -> file in the folder of all data sets
 FILES: dict[str, dict[str, str]] = {
     "squad": {split: f"downloads/{download.name}" for split, download in SQUAD.items()},
-    OFFICE_HELP_QA: {split: f"{OFFICE_HELP_QA}/{split}.json" for split in SPLITS},
+    OFFICE_HELP_QA: {split: f"{_FOLDER}/{split}.json" for split in SPLITS},
 }
 
 SHARE = 0.1  # of the pages, for validation and for test each
@@ -63,16 +64,15 @@ def prepare_squad(folder: Path) -> Path:
 
 def prepare_office_help_qa(folder: Path) -> Path:
     """Make the three files of questions to LibreOffice's help, split by page; returns their folder."""
-    target = folder / OFFICE_HELP_QA
-    files = {split: folder / name for split, name in FILES[OFFICE_HELP_QA].items()}
-    if not all(file.exists() for file in files.values()):
-        target.mkdir(parents=True, exist_ok=True)
+
+    def write(making: Path) -> Path:
         articles = list(filter(None, (ask(*page) for page in sorted(office_help.read("en", folder).items()))))
-        for split, part in split_articles(articles).items():
-            partial = temporary(files[split])
-            partial.write_text(json.dumps({"version": OFFICE_HELP_QA, "data": part}, indent=0), encoding="utf-8")
-            partial.replace(files[split])
-    return target
+        for name, part in split_articles(articles).items():
+            text = json.dumps({"version": OFFICE_HELP_QA, "data": part}, indent=0)
+            (making / f"{name}.json").write_text(text, encoding="utf-8")
+        return making
+
+    return filled(folder / _FOLDER, write)
 
 
 def split_articles(articles: Sequence[Article]) -> dict[str, list[Article]]:

@@ -9,16 +9,18 @@ import random
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from recipes.data import SEED, Download, fetch, read_deb, split, temporary
+from recipes import data
+from recipes.data import SEED, Download, fetch, filled, made_of, read_deb, split
 
 ENDINGS = tuple(f"ending{number}" for number in range(4))
 COLUMNS = ("video-id", "sent1", "sent2", *ENDINGS, "label")  # those of SWAG's that are used
 SPLITS = ("train", "validation", "test")
+_MADE = made_of(SPLITS, __file__, data.__file__)
 Row = dict[str, Any]
 
 _SWAG = "https://raw.githubusercontent.com/rowanz/swagaf/master/data/{}.csv"
@@ -41,7 +43,7 @@ EXAMS = (
 # data set -> split -> file in the folder of all data sets
 FILES: dict[str, dict[str, str]] = {
     "swag": {split: f"swag/downloads/{download.name}" for split, download in SWAG.items()},
-    **{name: {split: f"{name}/{split}.json" for split in SPLITS} for name in ("austen", "exams")},
+    **{name: {split: f"{name}-{_MADE}/{split}.json" for split in SPLITS} for name in ("austen", "exams")},
 }
 
 HELD_OUT_NOVELS = {"Persuasion": "validation", "NORTHANGER ABBEY": "test"}  # by their first line; the shortest ones
@@ -119,15 +121,13 @@ def prepare_exams(folder: Path) -> Path:
     return _write(folder, "exams", make)
 
 
-def _write(folder: Path, name: str, make: Any) -> Path:
-    files = {split: folder / file for split, file in FILES[name].items()}
-    if not all(file.exists() for file in files.values()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for split, rows in make().items():
-            partial = temporary(files[split])
-            partial.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-            partial.replace(files[split])
-    return folder / name
+def _write(folder: Path, name: str, make: Callable[[], dict[str, list[Row]]]) -> Path:
+    def write(making: Path) -> Path:
+        for part, rows in make().items():
+            (making / f"{part}.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        return making
+
+    return filled(folder / f"{name}-{_MADE}", write)
 
 
 def character_vectors(database: bytes) -> Iterator[list[str]]:
