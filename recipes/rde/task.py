@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes import vision
-from recipes.data import made_of
+from recipes.data import made_of, temporary
 from recipes.rde import rectangles
 from recipes.rde.rectangles import Pictures
 
@@ -49,8 +48,9 @@ class Data:
         else:
             drawn = rectangles.draw(self.train + self.valid + self.test, self.size, self.rectangles, self.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial_file = file.with_suffix(f".{os.getpid()}.npz")  # several runs may be drawing
-            np.savez(partial_file, grey=drawn.grey, owner=drawn.owner, height=drawn.height)
+            partial_file = temporary(file)
+            with partial_file.open("wb") as content:
+                np.savez(content, grey=drawn.grey, owner=drawn.owner, height=drawn.height)
             partial_file.replace(file)
         ends = (0, self.train, self.train + self.valid, self.train + self.valid + self.test)
         return {
