@@ -13,8 +13,8 @@ import debian
 import numpy as np
 import pytest
 import trainer_models
-from trainer_models import record, start
-from transformers import AutoTokenizer, TrainingArguments
+from trainer_models import record, record_of_two_processes, start
+from transformers import AutoTokenizer
 
 from recipes import config, data, office_help, run
 from recipes.office_help import Paragraph
@@ -196,21 +196,6 @@ def test_what_cannot_be_downloaded_says_what_to_do(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ configuration
 
 
-@pytest.mark.parametrize("name", ["paper", "small"])
-def test_every_optimizer_of_a_configuration_is_a_command_of_the_script(name: str) -> None:
-    for label in config.labels("squad", name):
-        settings = config.load("squad", name, label)
-        ((python, script, *line),) = task.commands(settings, Path("data"))
-        assert (python, (ROOT / script).is_file()) == ("python", True)
-        own, trainers = SCRIPT.parse(line)
-        assert isinstance(own, Arguments)
-        assert isinstance(trainers, TrainingArguments)
-        assert trainers.optim == settings.optimizer["opt"]
-        sings = ",".join(f"{key}={value}" for key, value in settings.optimizer.get("options", {}).items())
-        assert sings.startswith("freeze=") == ("sing" in label)
-        assert trainers.optim_args == (sings if "sing" in label else None)
-
-
 def test_the_papers_numbers() -> None:
     found = {}
     for label in ("adamw", "sing_adamw"):
@@ -220,35 +205,6 @@ def test_the_papers_numbers() -> None:
         assert trainers.per_device_train_batch_size == 12
         assert (own.max_length, own.doc_stride, own.n_best, own.max_answer_length) == (384, 128, 20, 30)
     assert found == {"adamw": (3e-5, 0, 2), "sing_adamw": (8e-4, 3e-3, 3)}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[train]\nmax_lenght = 7", "max_lenght"),
-        ("[data]\nshare = 7", "share"),
-        ("[optimizer]\nbeta = 7", "beta"),
-        ("[model]\nlayers = 7", "layers"),
-    ],
-)
-def test_an_unknown_entry_is_refused_before_anything_is_fetched(tmp_path: Path, text: str, message: str) -> None:
-    table = text.partition("\n")[0]
-    paper = (config.RECIPES / "squad" / "configs" / "paper.toml").read_text()
-    (tmp_path / "wrong.toml").write_text(paper.replace(f"{table}\n", f"{text}\n"))
-    with pytest.raises(ValueError, match=message):
-        task.commands(config.load("squad", str(tmp_path / "wrong.toml")), tmp_path)
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(ValueError, match=r"train.batch_size: 12\. 5 processes"):
-        task.commands(config.load("squad", "paper"), Path("data"))
-
-
-@pytest.mark.parametrize("more", [[], ["--dataset", "squad", "--train_file", "x"], ["--train_file", "x"]])
-def test_the_script_wants_either_a_data_set_or_both_files(more: list[str]) -> None:
-    with pytest.raises(ValueError, match="either --dataset, or both files"):
-        SCRIPT.parse(["--model_name_or_path", "x", *more])
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -292,16 +248,8 @@ def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tiny: Path) -> None:
 
 
 def test_two_processes_share_the_batch(tiny: Path) -> None:
-    folder = tiny.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["recipes/run.py", "squad", str(tiny), "--data", str(folder)]
-    command += ["--work", str(folder / "work"), "--results", str(folder / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    made = record(tiny, "two")
-    assert made["status"] == "finished"
-    assert made["curve"][-1][0] == 6
+    made = record_of_two_processes("squad", tiny)
+    assert (made["status"], made["curve"][-1][0]) == ("finished", 6)
 
 
 def test_the_script_by_hand(folder: Path) -> None:

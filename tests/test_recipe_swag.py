@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import trainer_models
-from trainer_models import record, start
-from transformers import AutoTokenizer, TrainingArguments
+from trainer_models import record, record_of_two_processes, start
+from transformers import AutoTokenizer
 
 from recipes import config, run, trainer
 from recipes.swag import data, task
@@ -205,21 +202,6 @@ def test_accuracy_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------------ configuration
 
 
-@pytest.mark.parametrize("name", ["paper", "small", "small-exams"])
-def test_every_optimizer_of_a_configuration_is_a_command_of_the_script(name: str) -> None:
-    for label in config.labels("swag", name):
-        settings = config.load("swag", name, label)
-        ((python, script, *line),) = task.commands(settings, Path("data"))
-        assert (python, (ROOT / script).is_file()) == ("python", True)
-        own, trainers = SCRIPT.parse(line)
-        assert isinstance(own, Arguments)
-        assert isinstance(trainers, TrainingArguments)
-        assert trainers.optim == settings.optimizer["opt"]
-        sings = ",".join(f"{key}={value}" for key, value in settings.optimizer.get("options", {}).items())
-        assert sings.startswith("freeze=") == ("sing" in label)
-        assert trainers.optim_args == (sings if "sing" in label else None)
-
-
 def test_the_papers_numbers() -> None:
     found = {}
     for label in ("adamw", "sing_adamw"):
@@ -255,18 +237,5 @@ def test_without_a_validation_set_only_the_test_set_is_evaluated(tiny: Path) -> 
 
 
 def test_two_processes_share_the_batch(tiny: Path) -> None:
-    folder = tiny.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["recipes/run.py", "swag", str(tiny), "--data", str(folder), "--work", str(folder / "work")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--results", str(folder / "two")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    made = record(tiny, "two")
+    made = record_of_two_processes("swag", tiny)
     assert (made["status"], made["curve"][-1][0]) == ("finished", 8)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from recipes import run
+from recipes import config, run
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 MODELS = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel)}
@@ -60,3 +63,16 @@ def record(tiny: Path, results: str) -> dict[str, Any]:
     (file,) = (tiny.parent / results).rglob("*.json")
     made: dict[str, Any] = json.loads(file.read_text())
     return made
+
+
+def record_of_two_processes(task: str, tiny: Path) -> dict[str, Any]:
+    """What a run in two processes wrote."""
+    folder = tiny.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["recipes/run.py", task, str(tiny), "--data", str(folder)]
+    command += ["--work", str(folder / "work"), "--results", str(folder / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = config.RECIPES.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return record(tiny, "two")
