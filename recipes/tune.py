@@ -282,18 +282,25 @@ def score(made: Mapping[str, Any]) -> float:
 
 
 def table(tunings: Sequence[Tuning]) -> str:
-    """The scores by learning rate and weight decay, the best one starred."""
+    """The metric on the validation set by learning rate and weight decay, the best one starred."""
     lines = []
     for tuning in tunings:
         scores = tuning.scores()
         top = best(scores)
+        sign = 1 if import_module(f"recipes.{tuning.settings.task}.task").HIGHER_IS_BETTER else -1
+        cells = {point: _text(value, sign) + "*" * (point == top) for point, value in scores.items()}
         lines.append(f"\n{tuning.settings.label}: {len(scores)} runs; lr ↓, weight decay →")
         decays = sorted({decay for _, decay in scores})
         lines.append("".join(f"{text:>12}" for text in ["", *(f"{decay:g}" for decay in decays)]))
         for lr in sorted({lr for lr, _ in scores}):
-            cells = ["" if (lr, d) not in scores else f"{scores[lr, d]:.4g}" + "*" * ((lr, d) == top) for d in decays]
-            lines.append("".join(f"{text:>12}" for text in [f"{lr:g}", *cells]))
+            lines.append("".join(f"{text:>12}" for text in [f"{lr:g}", *(cells.get((lr, d), "") for d in decays)]))
     return "\n".join(lines)
+
+
+def _text(score: float | None, sign: int) -> str:
+    if score is None:
+        return "running"  # on another machine
+    return f"{sign * score:.4g}" if math.isfinite(score) else "diverged"
 
 
 if __name__ == "__main__":

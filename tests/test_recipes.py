@@ -11,6 +11,7 @@ from typing import Any
 
 import debian
 import numpy as np
+import optuna
 import pytest
 import torch
 from numpy.testing import assert_array_equal
@@ -261,6 +262,7 @@ def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
     table = capsys.readouterr().out
     assert "sing_sgd: 3 runs" in table
     assert table.count("*") == 1
+    assert "-2*" in table  # as measured: lower is better
     written = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
     assert len(written) == 3  # there is one weight decay
     assert {file.parent for file in written} == {results / "landscape" / "small"}
@@ -271,6 +273,15 @@ def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
     best = max((json.loads(file.read_text()) for file in written), key=tune.score)
     (added,) = (json.loads(file.read_text()) for file in again.keys() - written.keys())
     assert (added["seed"], added["optimizer"]) == (1, best["optimizer"])
+
+
+def test_the_table_says_what_diverged_and_what_another_machine_is_running() -> None:
+    tuning = tune.Tuning(config.load("rde", "small"), optuna.create_study(direction="maximize"), budget=8, seeds=1)
+    for lr, value in ((1e-3, 0.25), (5e-3, -math.inf)):
+        tuning.study.tell(tuning.claim((lr, 0.0)), value)
+    tuning.claim((1e-2, 0.0))
+    rows = [line.split() for line in tune.table([tuning]).splitlines()[3:]]
+    assert rows == [["0.001", "0.25*"], ["0.005", "diverged"], ["0.01", "running"]]
 
 
 def test_failed_run_ends_the_tuning_and_names_its_log(tmp_path: Path) -> None:
