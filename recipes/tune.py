@@ -288,7 +288,7 @@ def table(tunings: Sequence[Tuning]) -> str:
         scores = tuning.scores()
         top = best(scores)
         sign = 1 if import_module(f"recipes.{tuning.settings.task}.task").HIGHER_IS_BETTER else -1
-        cells = {point: _text(value, sign) + "*" * (point == top) for point, value in scores.items()}
+        cells = {point: _cell(value, sign) + "*" * (point == top) for point, value in scores.items()}
         lines.append(f"\n{tuning.settings.label}: {len(scores)} runs; lr ↓, weight decay →")
         decays = sorted({decay for _, decay in scores})
         lines.append("".join(f"{text:>12}" for text in ["", *(f"{decay:g}" for decay in decays)]))
@@ -297,10 +297,10 @@ def table(tunings: Sequence[Tuning]) -> str:
     return "\n".join(lines)
 
 
-def _text(score: float | None, sign: int) -> str:
-    if score is None:
+def _cell(value: float | None, sign: int) -> str:
+    if value is None:
         return "running"  # on another machine
-    return f"{sign * score:.4g}" if math.isfinite(score) else "diverged"
+    return f"{sign * value:.4g}" if math.isfinite(value) else "diverged"
 
 
 if __name__ == "__main__":
