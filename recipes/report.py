@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
-from recipes import config, record
+from recipes.machinery import config, record
 from recipes.summarize import Section, overview, summarize
 
 CSS = """

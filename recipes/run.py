@@ -13,97 +13,21 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
-from recipes import config, record
-from recipes.config import Settings
-from recipes.progress import Progress
-from recipes.record import Curve, DivergenceError, Outcome
+from recipes.machinery import config, record
+from recipes.machinery.config import Settings
+from recipes.machinery.progress import Progress
+from recipes.machinery.record import DivergenceError, Outcome
+from recipes.machinery.run import Run, StoppedError
 
 ROOT = config.RECIPES.parent
 STOPPED = 3  # exit code
-
-
-class StoppedError(Exception):
-    """The run was asked to stop after a checkpoint."""
-
-
-@dataclass
-class Run:
-    """A task's way to tell how it goes, and where it keeps its checkpoints.
-
-    Attributes:
-        settings: what is trained.
-        data: the folder of the data sets.
-        work: a folder for checkpoints and whatever else is needed until the run is over.
-        progress: None in all processes but the first.
-        stop_after: stop at the first checkpoint at or after this step.
-        curve: what has been told.
-        resumed: whether to go on from the checkpoint in ``work``; set by :meth:`load`.
-        before: seconds of wall time of the parts of the run that went before.
-    """
-
-    settings: Settings
-    data: Path
-    work: Path
-    progress: Progress | None
-    stop_after: int | None = None
-    curve: Curve = field(default_factory=Curve)
-    resumed: bool = False
-    before: float = 0.0
-    begin: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.begin
-
-    @property
-    def _state(self) -> Path:
-        return self.work / "run.json"
-
-    def step(self, step: int, total: int, loss: float) -> None:
-        """A training step is done, counted from 1.
-
-        Raises:
-            DivergenceError: the loss is not a finite number.
-        """
-        self.curve.step(step, total, loss)
-        if self.progress:
-            self.progress.step(f"{self.settings.task} {self.settings.stem}", step, total, loss)
-
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics after a step."""
-        self.curve.evaluate(step, metrics)
-        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-    def checkpointed(self, step: int) -> None:
-        """The task has written a checkpoint into ``work``: keep what was told until then with it.
-
-        Raises:
-            StoppedError: it is time to stop.
-        """
-        if self.progress:
-            self._state.write_text(json.dumps({"curve": asdict(self.curve), "seconds": self.seconds}))
-        if self.stop_after is not None and step >= self.stop_after:
-            raise StoppedError(f"stopped after step {step}")
-
-    def load(self) -> None:
-        """Go on with what was told until the checkpoint, if there is one."""
-        if self._state.exists():
-            state = json.loads(self._state.read_text())
-            self.curve, self.before, self.resumed = Curve(**state["curve"]), state["seconds"], True
-
-    def say(self, text: str) -> None:
-        if self.progress:
-            self.progress.say(text)
 
 
 def carry_out(run: Run, task: Any) -> dict[str, Any]:
@@ -142,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = config.load(options.task, options.config, options.optimizer, options.seed, options.set)
-        task = import_module(f"recipes.{settings.task}.task")
+        task = config.task_module(settings.task)
         if options.dry_run:
             print(describe(settings, task, options.data))
             return 0

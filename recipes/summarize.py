@@ -12,17 +12,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
-from recipes import config, figures, tables
-from recipes.config import RECIPES
-from recipes.figures import Lines
-from recipes.record import results_folder
+from recipes.machinery import config, figures, tables
+from recipes.machinery.config import RECIPES
+from recipes.machinery.figures import Lines
+from recipes.machinery.record import results_folder
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
@@ -47,7 +45,7 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
     """The tables of each of a task's configurations that has records; draws the figures beside the records.
 
     Args:
-        task: one of :data:`recipes.config.TASKS`.
+        task: one of :data:`recipes.machinery.config.TASKS`.
         folder: with a folder of records for each task, instead of ``recipes/TASK/results``.
     """
     sections = [_section(task, name, found, folder) for name, found in _runs(task, folder).items()]
@@ -62,13 +60,13 @@ def overview() -> list[list[str]]:
 @cache  # the tables of a task and the overview are of the same records
 def _runs(task: str, folder: Path | None) -> dict[str, dict[str, tables.Runs]]:
     """By configuration, if it has records."""
-    names = sorted(file.stem for file in (RECIPES / task / "configs").glob("*.toml"))
+    names = sorted(file.stem for file in (config.task_folder(task) / "configs").glob("*.toml"))
     recorded = [name for name in names if any(results_folder(task, name, folder).glob("*.json"))]
     return {name: tables.runs(task, name, folder) for name in recorded}
 
 
 def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path | None) -> Section:
-    module = import_module(f"recipes.{task}.task")
+    module = config.task_module(task)
     place = results_folder(task, name, folder)
     made, drawn = [], []
     for number, layout in enumerate(tables.layouts(task, name), 1):
@@ -89,8 +87,8 @@ def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path |
         drawn.append(
             (place / "tuning.svg", f"Validation {module.METRIC} of the tuning runs (seed 0); the best is framed")
         )
-    if made and find_spec(f"recipes.{task}.figures"):
-        own = import_module(f"recipes.{task}.figures").draw(found, place)
+    if made and (config.task_folder(task) / "figures.py").exists():
+        own = config.task_module(task, "figures").draw(found, place)
         drawn += [(place / file, caption) for file, caption in own.items()]
     return Section(task, name, made, drawn)
 
@@ -144,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"Invalid TASK: {', '.join(sorted(unknown))}. Accepted: {', '.join(config.TASKS)}.")
     for task in options.tasks or config.TASKS:
         sections = summarize(task)
-        readme = RECIPES / task / "README.md"
+        readme = config.task_folder(task) / "README.md"
         if sections:
             readme.write_text(insert(readme.read_text(), markdown(sections, readme.parent)))
             print(f"{task}: {', '.join(section.config for section in sections)}")

@@ -18,12 +18,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
@@ -31,95 +30,12 @@ if __name__ == "__main__":
 import optuna
 from optuna.trial import TrialState
 
-from recipes import config, record
-from recipes.config import Settings
-from recipes.progress import Progress
+from recipes.machinery import config, record
+from recipes.machinery.config import Settings
+from recipes.machinery.progress import Progress
+from recipes.machinery.search import Grid, Point, Scores, best, next_points, score
 
 ROOT = config.RECIPES.parent
-LR_SHARE = 5 / 8  # of the budget
-
-T = TypeVar("T", float, tuple[float, float])
-Point = tuple[float, float]  # learning rate, weight decay
-Scores = Mapping[Point, "float | None"]  # higher is better; None while it runs
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is tried for one optimizer.
-
-    Attributes:
-        lr: the learning rates, tried from the middle outwards.
-        weight_decay: the weight decays.
-        first_weight_decay: the one with which learning rates are compared.
-        budget: number of runs in all.
-    """
-
-    lr: Sequence[float]
-    weight_decay: Sequence[float]
-    first_weight_decay: float
-    budget: int
-
-    @property
-    def lr_budget(self) -> int:
-        return math.ceil(self.budget * LR_SHARE)
-
-
-def next_points(grid: Grid, scores: Scores) -> list[Point] | None:
-    """The points to try now: none while runs that decide are going on, None where the tuning is over.
-
-    Args:
-        grid: what is tried.
-        scores: of what was tried or is being tried.
-    """
-    rates = {lr: score for (lr, decay), score in scores.items() if decay == grid.first_weight_decay}
-    lrs = _next(from_the_middle(grid.lr), rates, grid.lr_budget)
-    if lrs is not None:
-        return [(lr, grid.first_weight_decay) for lr in lrs]
-    lr = best(rates)
-    decays = {decay: score for (rate, decay), score in scores.items() if rate == lr}
-    by_distance = sorted(grid.weight_decay, key=lambda decay: abs(_log(decay) - _log(grid.first_weight_decay)))
-    chosen = _next(by_distance, decays, grid.budget - len(rates) + 1)
-    return None if chosen is None else [(lr, decay) for decay in chosen]
-
-
-def _next(values: Sequence[float], scores: Mapping[float, float | None], budget: int) -> list[float] | None:
-    """As :func:`next_points` for one axis."""
-    left = budget - len(scores)
-    missing = [value for value in values if value not in scores][: max(0, left)]
-    if missing:
-        return missing
-    if None in scores.values():
-        return []
-    at = best(scores)
-    if left > 0 and len(scores) > 1 and at in (min(scores), max(scores)) and at > 0:
-        return [beyond(at, up=at == max(scores))]
-    return None
-
-
-def best(scores: Mapping[T, float | None]) -> T:
-    """What has the highest score; of equals, the smallest."""
-    return min(scores, key=lambda value: (-_known(scores[value]), value))
-
-
-def _known(score: float | None) -> float:
-    return -math.inf if score is None else score
-
-
-def from_the_middle(values: Sequence[float]) -> list[float]:
-    """Sorted by the distance from the middle of the list; of equals, the lower one first."""
-    middle = (len(values) - 1) / 2
-    return [value for _, value in sorted(enumerate(values), key=lambda pair: (abs(pair[0] - middle), pair[0]))]
-
-
-def beyond(value: float, *, up: bool) -> float:
-    """The next value of the paper's grids: …, 1e-3, 5e-3, 1e-2, 5e-2, …"""
-    is_five = f"{value:e}".startswith("5")
-    factor = (2.0 if is_five else 5.0) if up else (0.2 if is_five else 0.5)
-    return float(f"{value * factor:.6g}")
-
-
-def _log(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
 
 
 @dataclass
@@ -180,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         labels = config.labels(options.task, options.config) if options.optimizer == ["all"] else options.optimizer
         every = [config.load(options.task, options.config, label, 0, options.set) for label in labels]
-        import_module(f"recipes.{options.task}.task")
+        config.task_module(options.task)
     except ValueError as error:
         parser.error(str(error))
     tunings = [
@@ -272,22 +188,13 @@ def run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     return made
 
 
-def score(made: Mapping[str, Any]) -> float:
-    """What is tuned for: the task's metric on the validation set; the worst possible if the run diverged."""
-    task = import_module(f"recipes.{made['task']}.task")
-    value = made["metrics"].get(f"valid {task.METRIC}")
-    if value is None or not math.isfinite(value):
-        return -math.inf
-    return float(value) if task.HIGHER_IS_BETTER else -float(value)
-
-
 def table(tunings: Sequence[Tuning]) -> str:
     """The metric on the validation set by learning rate and weight decay, the best one starred."""
     lines = []
     for tuning in tunings:
         scores = tuning.scores()
         top = best(scores)
-        sign = 1 if import_module(f"recipes.{tuning.settings.task}.task").HIGHER_IS_BETTER else -1
+        sign = 1 if config.task_module(tuning.settings.task).HIGHER_IS_BETTER else -1
         cells = {point: _cell(value, sign) + "*" * (point == top) for point, value in scores.items()}
         lines.append(f"\n{tuning.settings.label}: {len(scores)} runs; lr ↓, weight decay →")
         decays = sorted({decay for _, decay in scores})

@@ -22,13 +22,14 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import functional
 
-from recipes import config, data, run, vision
+from recipes import run
 from recipes.cifar100 import data as small_pictures
 from recipes.cifar100 import task as cifar100
 from recipes.cifar100.augment import Augmentation, augment, move
 from recipes.cifar100.task import Data, Look, Model
 from recipes.imagenet import task as imagenet
 from recipes.imagenet.data import Data as ImageNet
+from recipes.machinery import config, data, vision
 
 RUN = config.RECIPES / "run.py"
 CONFIGS = [

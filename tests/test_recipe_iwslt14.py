@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from recipes import config, run
-from recipes.config import RECIPES
+from recipes import run
 from recipes.iwslt14 import data, task, tools
 from recipes.iwslt14.data import Data, Pair
 from recipes.iwslt14.tools import Tools, Training
+from recipes.machinery import config
+from recipes.machinery.config import RECIPES
 
 TRAIN_DE = """<url>http://www.ted.com/talks/x</url>
 <keywords>sea</keywords>

@@ -16,8 +16,9 @@ import trainer_models
 from trainer_models import record, record_of_two_processes, start
 from transformers import AutoTokenizer
 
-from recipes import config, data, office_help, run
-from recipes.office_help import Paragraph
+from recipes import run
+from recipes.machinery import config, data, office_help
+from recipes.machinery.office_help import Paragraph
 from recipes.squad import data as squad_data
 from recipes.squad import metrics, task
 from recipes.squad.train import SCRIPT, Arguments, encode, measure
@@ -51,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(folder: Path) -> Path:
     """The `paper` configuration with the tiny model and files, and a checkpoint every third step."""
-    text = (config.RECIPES / "squad" / "configs" / "paper.toml").read_text()
+    text = (config.task_folder("squad") / "configs" / "paper.toml").read_text()
     text = text.replace('"bert-base-uncased"', json.dumps(str(folder / "model")))
     files = "\n".join(f"{split}_file = {json.dumps(str(folder / 'downloads' / name))}" for split, name in FILES.items())
     text = text.replace('name = "squad"', files).replace("held_out = 0.05", "held_out = 0.34")

@@ -15,7 +15,8 @@ import trainer_models
 from trainer_models import record, record_of_two_processes, start
 from transformers import AutoTokenizer
 
-from recipes import config, run, trainer
+from recipes import run
+from recipes.machinery import config, trainer
 from recipes.swag import data, task
 from recipes.swag.data import ENDINGS
 from recipes.swag.train import SCRIPT, Arguments, encode, measure
@@ -61,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(folder: Path) -> Path:
     """The `paper` configuration with the tiny model and files, and a checkpoint every fourth step."""
-    text = (config.RECIPES / "swag" / "configs" / "paper.toml").read_text()
+    text = (config.task_folder("swag") / "configs" / "paper.toml").read_text()
     text = text.replace('"roberta-base"', json.dumps(str(folder / "model")))
     files = (("train", "train.csv"), ("test", "val.csv"))
     lines = "\n".join(f"{split}_file = {json.dumps(str(folder / name))}" for split, name in files)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from recipes import config, figures, record, report, run, summarize, tables
-from recipes.config import RECIPES
+from recipes import report, run, summarize
+from recipes.machinery import config, figures, record, tables
+from recipes.machinery.config import RECIPES
 
 RATES = ("0.5", "1.0", "5.0")
-PUBLISHED = [task for task in config.TASKS if any((RECIPES / task).glob("results/*/*.json"))]
+PUBLISHED = [task for task in config.TASKS if any(config.task_folder(task).glob("results/*/*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +137,16 @@ def test_overview_has_both_optimizers_and_who_is_better() -> None:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_tables_are_those_of_the_records(task: str, tmp_path: Path) -> None:
-    shutil.copytree(RECIPES / task / "results", tmp_path / "results" / task)
-    readme = (RECIPES / task / "README.md").read_text()
+    shutil.copytree(config.task_folder(task) / "results", tmp_path / "results" / task)
+    readme = (config.task_folder(task) / "README.md").read_text()
     text = summarize.markdown(summarize.summarize(task, tmp_path / "results"), tmp_path / "results")
     assert summarize.insert(readme, text.replace(f"]({task}/", "](results/")) == readme
-    assert all((RECIPES / task / file).exists() for file in re.findall(r"\]\((results/[^)]+)\)", readme))
+    assert all((config.task_folder(task) / file).exists() for file in re.findall(r"\]\((results/[^)]+)\)", readme))
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_records_say_what_made_them(task: str) -> None:
-    names = [folder.name for folder in (RECIPES / task / "results").iterdir()]
+    names = [folder.name for folder in (config.task_folder(task) / "results").iterdir()]
     for made in (each for name in names for each in record.read_all(task, name)):
         file = made["stem"]
         assert re.fullmatch(r"[0-9a-f]{40}", made["commit"]), file

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from recipes import config
+from recipes.machinery import config
+from recipes.machinery.trainer import Script, commands
 from recipes.squad.train import SCRIPT as SQUAD
 from recipes.swag.train import SCRIPT as SWAG
-from recipes.trainer import Script, commands
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_every_optimizer_of_a_configuration_is_a_command_of_the_script(task: str
 )
 def test_an_unknown_entry_is_refused_before_anything_is_fetched(tmp_path: Path, text: str, message: str) -> None:
     table = text.partition("\n")[0]
-    paper = (config.RECIPES / "squad" / "configs" / "paper.toml").read_text()
+    paper = (config.task_folder("squad") / "configs" / "paper.toml").read_text()
     (tmp_path / "wrong.toml").write_text(paper.replace(f"{table}\n", f"{text}\n"))
     with pytest.raises(ValueError, match=message):
         commands(SQUAD, config.load("squad", str(tmp_path / "wrong.toml")), tmp_path)

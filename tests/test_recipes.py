@@ -17,15 +17,18 @@ import torch
 from numpy.testing import assert_array_equal
 from torch import nn
 
-from recipes import config, data, record, run, tune, vision
-from recipes.data import Download
+from recipes import run, tune
 from recipes.landscape import task as landscape
+from recipes.machinery import config, data, record, search, vision
+from recipes.machinery.data import Download
+from recipes.machinery.record import Curve, DivergenceError
+from recipes.machinery.search import Grid, next_points
 from recipes.rde import rectangles
 from recipes.rde.task import Data, DepthViT
-from recipes.record import Curve, DivergenceError
-from recipes.tune import Grid, next_points
 
-CONFIGS = [(task, file.stem) for task in config.TASKS for file in sorted((config.RECIPES / task / "configs").iterdir())]
+CONFIGS = [
+    (task, file.stem) for task in config.TASKS for file in sorted((config.task_folder(task) / "configs").iterdir())
+]
 TINY_RDE = (
     "data.size=16",
     "data.rectangles=3",
@@ -199,7 +202,7 @@ def test_divergence_is_recorded(tmp_path: Path) -> None:
     (made,) = start(tmp_path, "rde", "small", "--optimizer", "sgd", *asked)
     assert made["status"].startswith("diverged: the loss of step")
     assert made["metrics"] == {}
-    assert tune.score(made) == -math.inf
+    assert search.score(made) == -math.inf
 
 
 # Tuning
@@ -240,16 +243,16 @@ def test_runs_that_go_on_elsewhere_are_waited_for() -> None:
 
 
 def test_divergence_is_the_worst_score_and_the_smallest_of_equals_is_the_best() -> None:
-    assert tune.best({1.0: -math.inf, 0.1: -3.0, 0.5: None}) == 0.1
-    assert tune.best({2.0: 1.0, 0.1: 1.0}) == 0.1
+    assert search.best({1.0: -math.inf, 0.1: -3.0, 0.5: None}) == 0.1
+    assert search.best({2.0: 1.0, 0.1: 1.0}) == 0.1
 
 
 def test_grids_go_on_in_the_papers_steps() -> None:
     up = [1e-3]
     for _ in range(4):
-        up.append(tune.beyond(up[-1], up=True))
+        up.append(search.beyond(up[-1], up=True))
     assert up == [1e-3, 5e-3, 1e-2, 5e-2, 0.1]
-    assert all(tune.beyond(high, up=False) == low for low, high in pairwise(up))
+    assert all(search.beyond(high, up=False) == low for low, high in pairwise(up))
 
 
 def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
@@ -270,7 +273,7 @@ def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
     again = {file: file.stat().st_mtime_ns for file in results.rglob("*.json")}
     assert written.items() <= again.items()
     assert len(again) == 4
-    best = max((json.loads(file.read_text()) for file in written), key=tune.score)
+    best = max((json.loads(file.read_text()) for file in written), key=search.score)
     (added,) = (json.loads(file.read_text()) for file in again.keys() - written.keys())
     assert (added["seed"], added["optimizer"]) == (1, best["optimizer"])
 

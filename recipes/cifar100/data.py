@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
-from recipes.data import Download, fetch, filled, read_deb
+from recipes.machinery.data import Download, fetch, filled, read_deb
 
 # The sha256 is the one that Keras and torchvision's prototypes have recorded; the download itself was not tried here.
 ARCHIVE = Download(
@@ -61,7 +61,7 @@ def cifar100(folder: Path) -> Path:
     """CIFAR100's folder as torchvision lays it out, which may have been there before.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     target = folder / str(CIFAR100.base_folder)
 
@@ -77,7 +77,7 @@ def read_cifar100(folder: Path) -> tuple[Pictures, Pictures]:
     """The training and the test set. torchvision checks the md5 of each pickle before it opens it.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`, or the files are not CIFAR100's.
+        SystemExit: as :func:`recipes.machinery.data.fetch`, or the files are not CIFAR100's.
     """
     files = cifar100(folder)
     try:
@@ -98,7 +98,7 @@ def fashion_mnist(folder: Path) -> Path:
     """Debian's package.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     return fetch(PACKAGE, folder)
 
@@ -107,7 +107,7 @@ def read_fashion_mnist(folder: Path) -> tuple[Pictures, Pictures]:
     """The training and the test set, one channel.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     files = {
         Path(name).name.removesuffix("-ubyte.gz"): idx(gzip.decompress(content))

@@ -11,13 +11,13 @@ import timm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from recipes import vision
 from recipes.cifar100.augment import Augmentation, augment
 from recipes.cifar100.data import SOURCES, Source
+from recipes.machinery import vision
 
 if TYPE_CHECKING:
-    from recipes.record import Outcome
-    from recipes.run import Run
+    from recipes.machinery.record import Outcome
+    from recipes.machinery.run import Run
 
 METRIC = "accuracy"
 HIGHER_IS_BETTER = True

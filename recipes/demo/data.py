@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.data import digest, split
+from recipes.machinery.data import digest, split
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from recipes.demo import data  # noqa: E402
 from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
-from recipes.progress import Progress  # noqa: E402
+from recipes.machinery.progress import Progress  # noqa: E402
 
 THREADS = 2
 # The same run everywhere: no accelerator, no hub. Threads that wait give way soon: by default they keep a core busy,

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from recipes.data import split
 from recipes.demo.data import SPLITS, Message, fetch, read_messages, translations, words
 from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.machinery.data import split
 
 WORKLOAD = "Transformer (2+2 layers of 128), UI messages de→en"
 METRIC = "perplexity"

@@ -18,7 +18,6 @@ from transformers import (
     set_seed,
 )
 
-from recipes.data import split
 from recipes.demo.data import (
     MINILM,
     PROJECTS,
@@ -30,6 +29,7 @@ from recipes.demo.data import (
     read_messages,
 )
 from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.machinery.data import split
 
 WORKLOAD = "MiniLM fine-tuned, project of a UI message"
 METRIC = "accuracy"

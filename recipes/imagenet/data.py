@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import create_dataset, create_transform  # type: ignore[attr-defined]
 from torch.utils.data import Dataset, Subset
 
-from recipes import vision
 from recipes.cifar100.data import read_fashion_mnist
-from recipes.data import filled
+from recipes.machinery import vision
+from recipes.machinery.data import filled
 
 TRAIN, TEST = "train", "validation"
 STAND_IN = {"train": 20_000, "val": 10_000}  # Fashion-MNIST's first images; so many files are enough
@@ -137,7 +137,7 @@ def fashion_mnist_folder(folder: Path, name: str = "fashion-mnist-folder") -> Pa
         name: of the folder in it.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
 
     def write(making: Path) -> Path:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
-from recipes import vision
 from recipes.imagenet.data import Data
+from recipes.machinery import vision
 
 if TYPE_CHECKING:
-    from recipes.record import Outcome
-    from recipes.run import Run
+    from recipes.machinery.record import Outcome
+    from recipes.machinery.run import Run
 
 METRIC = "accuracy"
 HIGHER_IS_BETTER = True

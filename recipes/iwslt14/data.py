@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes import office_help
-from recipes.data import Download, fetch, filled, made_of
 from recipes.demo.with_fairseq import command
+from recipes.machinery import office_help
+from recipes.machinery.data import Download, fetch, filled, made_of
 
 SPLITS = ("train", "valid", "test")
 Corpus = dict[str, list["Pair"]]
@@ -121,7 +121,7 @@ def iwslt14(data: Data, folder: Path) -> Corpus:
     """The splits that the literature uses: 160,239, 7,283 and 6,750 sentences.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     train, test = read_iwslt14(fetch_iwslt14(folder))
     kept = list(clean(tokenize(train), 1, 175, ratio=1.5))
@@ -173,7 +173,7 @@ def office(data: Data, folder: Path) -> Corpus:
     """Paragraphs of at least three tokens, as :func:`split_pages` splits them.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     pages = [list(clean(tokenize(pairs), 3, data.longest)) for pairs in office_pages(folder).values()]
     return split_pages(pages, data.valid, data.test)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.config import Settings
 from recipes.demo.with_fairseq import read_log, used_optimizer
 from recipes.iwslt14.data import Data, preprocess_command
 from recipes.iwslt14.tools import HELD_OUT, Tools, updates_of
-from recipes.record import DivergenceError, Outcome
+from recipes.machinery.config import Settings
+from recipes.machinery.record import DivergenceError, Outcome
 
 if TYPE_CHECKING:
-    from recipes.run import Run
+    from recipes.machinery.run import Run
 
 METRIC = "sacrebleu"
 HIGHER_IS_BETTER = True

@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from recipes.figures import STYLE, grid, save
 from recipes.landscape.task import landscape
-from recipes.tables import Runs
+from recipes.machinery.figures import STYLE, grid, save
+from recipes.machinery.tables import Runs
 
 
 def draw(found: Mapping[str, Runs], folder: Path) -> dict[str, str]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from recipes import vision
-from recipes.record import Outcome, class_name
+from recipes.machinery import vision
+from recipes.machinery.record import Outcome, class_name
 
 if TYPE_CHECKING:
-    from recipes.run import Run
+    from recipes.machinery.run import Run
 
 METRIC = "value"
 HIGHER_IS_BETTER = False

@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from recipes.figures import STYLE, grid, save
-from recipes.tables import Runs
+from recipes.machinery.figures import STYLE, grid, save
+from recipes.machinery.tables import Runs
 
 SHOWN = ("adamw", "sing_adamw")
 

@@ -12,14 +12,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from recipes import vision
-from recipes.data import made_of, temporary
+from recipes.machinery import vision
+from recipes.machinery.data import made_of, temporary
 from recipes.rde import rectangles
 from recipes.rde.rectangles import Pictures
 
 if TYPE_CHECKING:
-    from recipes.record import Outcome
-    from recipes.run import Run
+    from recipes.machinery.record import Outcome
+    from recipes.machinery.run import Run
 
 METRIC = "accuracy"
 HIGHER_IS_BETTER = True

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import data, office_help
-from recipes.data import SEED, Download, fetch, filled, made_of, split
-from recipes.office_help import Paragraph
+from recipes.machinery import data, office_help
+from recipes.machinery.data import SEED, Download, fetch, filled, made_of, split
+from recipes.machinery.office_help import Paragraph
 
 _SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
 SQUAD = {

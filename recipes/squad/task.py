@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes import trainer
+from recipes.machinery import trainer
 from recipes.squad.train import SCRIPT
 
 if TYPE_CHECKING:
-    from recipes.config import Settings
-    from recipes.record import Outcome
-    from recipes.run import Run
+    from recipes.machinery.config import Settings
+    from recipes.machinery.record import Outcome
+    from recipes.machinery.run import Run
 
 METRIC = "f1"
 HIGHER_IS_BETTER = True

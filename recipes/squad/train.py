@@ -22,9 +22,9 @@ import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction
 
-from recipes import trainer
+from recipes.machinery import trainer
+from recipes.machinery.trainer import Row, Script
 from recipes.squad import data, metrics
-from recipes.trainer import Row, Script
 
 
 @dataclass

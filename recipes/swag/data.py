@@ -14,8 +14,8 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from recipes import data
-from recipes.data import SEED, Download, fetch, filled, made_of, read_deb, split
+from recipes.machinery import data
+from recipes.machinery.data import SEED, Download, fetch, filled, made_of, read_deb, split
 
 ENDINGS = tuple(f"ending{number}" for number in range(4))
 COLUMNS = ("video-id", "sent1", "sent2", *ENDINGS, "label")  # those of SWAG's that are used

@@ -21,10 +21,10 @@ import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, EvalPrediction
 
-from recipes import trainer
+from recipes.machinery import trainer
+from recipes.machinery.trainer import Row, Script
 from recipes.swag import data
 from recipes.swag.data import ENDINGS
-from recipes.trainer import Row, Script
 
 
 @dataclass

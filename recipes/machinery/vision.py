@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.config import Settings
-from recipes.record import Outcome, class_name
+from recipes.machinery.config import Settings
+from recipes.machinery.record import Outcome, class_name
 
 if TYPE_CHECKING:
-    from recipes.run import Run
+    from recipes.machinery.run import Run
 
 Batch = Any  # what the data set gives: a tuple of tensors
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from recipes.data import Download, fetch, read_deb
+from recipes.machinery.data import Download, fetch, read_deb
 
 _PACKAGE = "libr/libreoffice/libreoffice-help-{}_7.4.7-1+deb12u14_all.deb"
 PACKAGES = {
@@ -45,7 +45,7 @@ def read(language: str, folder: Path) -> dict[str, list[Paragraph]]:
         folder: of all data sets; the package is downloaded there unless it is there.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     pages = {}
     for name, content in read_deb(fetch(PACKAGES[language], folder), lambda name: bool(_PAGE.fullmatch(name))):

@@ -33,13 +33,13 @@ from transformers import (
     set_seed,
 )
 
-from recipes import minilm
-from recipes.data import DATA_SETS
-from recipes.record import Outcome, class_name
+from recipes.machinery import minilm
+from recipes.machinery.data import DATA_SETS
+from recipes.machinery.record import Outcome, class_name
 
 if TYPE_CHECKING:
-    from recipes.config import Settings
-    from recipes.run import Run
+    from recipes.machinery.config import Settings
+    from recipes.machinery.run import Run
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")

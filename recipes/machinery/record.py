@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recipes.config import RECIPES, Settings
+from recipes.machinery.config import RECIPES, Settings, task_folder
 
 POINTS = 200  # of the training curve in a record
 SPIKE_WINDOW = 100  # steps
@@ -148,7 +148,7 @@ def read_all(task: str, config: str, folder: Path | None = None) -> list[dict[st
 
 def results_folder(task: str, config: str, folder: Path | None = None) -> Path:
     """Where the records of a configuration are: ``recipes/TASK/results/CONFIG``, or ``folder/TASK/CONFIG``."""
-    return (folder / task if folder else RECIPES / task / "results") / config
+    return (folder / task if folder else task_folder(task) / "results") / config
 
 
 def commit() -> dict[str, Any]:

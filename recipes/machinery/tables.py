@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recipes import config, record
-from recipes.config import Settings
-from recipes.tune import Point, best, score
+from recipes.machinery import config, record
+from recipes.machinery.config import Settings
+from recipes.machinery.search import Point, best, score
 
 SEEDS = 3  # that a comparison needs
 STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
@@ -74,7 +73,7 @@ def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
     """The runs of each optimizer that has any, in the configuration's order.
 
     Args:
-        task: one of :data:`recipes.config.TASKS`.
+        task: one of :data:`recipes.machinery.config.TASKS`.
         name: of the configuration.
         folder: with a folder of records for each task, instead of ``recipes/TASK/results``.
     """
@@ -123,13 +122,13 @@ def table(
     """The header and a row for each optimizer of a table.
 
     Args:
-        task: one of :data:`recipes.config.TASKS`.
+        task: one of :data:`recipes.machinery.config.TASKS`.
         layout: an entry of the configuration's ``[[summary]]``: ``title``, ``rows`` (labels), ``against`` (a label) and
             ``also`` (another metric that is to be seen).
         found: as :func:`runs` returns it.
         reported: by label, what the paper reports.
     """
-    module = import_module(f"recipes.{task}.task")
+    module = config.task_module(task)
     metric, higher = module.METRIC, module.HIGHER_IS_BETTER
     against, also = layout["against"], layout.get("also")
     header = [f"{cell} {against}" if cell == "against" else cell for cell in HEADER]
@@ -172,7 +171,7 @@ def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[s
     """
     rows = [["task", "configuration", "data", "metric", "adamw", "sing", "sing without softplus"]]
     for (task, name), mine in found.items():
-        module = import_module(f"recipes.{task}.task")
+        module = config.task_module(task)
         metric, higher = module.METRIC, module.HIGHER_IS_BETTER
         sing = next((label for label in SING if label in mine), "")
         if not sing or "adamw" not in mine:

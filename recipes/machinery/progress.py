@@ -9,7 +9,7 @@ from typing import TextIO
 
 @dataclass
 class Progress:
-    """Shows where the demo is: a line that is rewritten on a terminal, a line every few seconds elsewhere."""
+    """Shows where it is: a line that is rewritten on a terminal, a line every few seconds elsewhere."""
 
     stream: TextIO
     begin: float = field(default_factory=time.monotonic)

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recipes.tables import TO_PERCENT, Record, Runs
+from recipes.machinery.tables import TO_PERCENT, Record, Runs
 
 STYLE: Any = {
     "svg.hashsalt": "sing-plugins",
@@ -55,7 +55,7 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
     """A value over the steps, for each optimizer at its best learning rate and weight decay; one line a seed.
 
     Args:
-        found: as recipes.tables.runs returns it.
+        found: as recipes.machinery.tables.runs returns it.
         labels: of the optimizers.
         name: of the value; the training loss has a logarithmic scale if it is never below zero.
         file: to be written.

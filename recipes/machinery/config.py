@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RECIPES = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[1]
 TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("*/configs")))
 
 NOT_OF_A_RUN = ("tune", "summary", "reported")
@@ -94,6 +95,16 @@ class Settings:
         return f"{self.label}-lr{lr:g}-wd{decay:g}-seed{self.seed}-{_digest(self.as_json())}"
 
 
+def task_folder(task: str) -> Path:
+    """Where a task is, with its README, its configurations and its published records."""
+    return RECIPES / task
+
+
+def task_module(task: str, name: str = "task") -> Any:
+    """A module of a task, which the machinery finds by name only: it works with whatever tasks there are."""
+    return import_module(f"recipes.{task}.{name}")
+
+
 def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -145,7 +156,7 @@ def read(task: str, config: str) -> dict[str, Any]:
     """
     if task not in TASKS:
         raise ValueError(f"Invalid TASK: {task!r}. Accepted: {', '.join(TASKS)}.")
-    folder = RECIPES / task / "configs"
+    folder = task_folder(task) / "configs"
     file = Path(config) if config.endswith(".toml") else folder / f"{config}.toml"
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
