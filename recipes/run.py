@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 3 where ``--stop-after`` stopped the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", metavar="TASK", help=", ".join(config.TASKS))
-    parser.add_argument("config", metavar="CONFIG", help="a name in recipes/TASK/configs, or a path to a .toml file")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a name in recipes/tasks/TASK/configs, or a path to a .toml file"
+    )
     parser.add_argument("--optimizer", metavar="NAME", help="one of the configuration's optimizers; default: its first")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optimizer.lr=1e-2")
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs", metavar="FOLDER", help="checkpoints; default: %(default)s"
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="records; default: recipes/TASK/results")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="records; default: recipes/tasks/TASK/results")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop at the next checkpoint (exit code 3)")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the equivalent command")

@@ -46,7 +46,7 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
 
     Args:
         task: one of :data:`recipes.machinery.config.TASKS`.
-        folder: with a folder of records for each task, instead of ``recipes/TASK/results``.
+        folder: with a folder of records for each task, instead of ``recipes/tasks/TASK/results``.
     """
     sections = [_section(task, name, found, folder) for name, found in _runs(task, folder).items()]
     return [section for section in sections if section.tables]

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--storage", metavar="URL", help="Optuna's; default: an SQLite file in the folder of --work")
     parser.add_argument("--data", type=Path, default=ROOT / "data", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=ROOT / "runs", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="records; default: recipes/TASK/results")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="records; default: recipes/tasks/TASK/results")
     options = parser.parse_args(arguments)
     if options.budget < 2:
         parser.error(f"Invalid --budget: {options.budget}. Accepted: 2 or more runs.")

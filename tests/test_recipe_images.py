@@ -23,13 +23,13 @@ from torch import nn
 from torchvision.transforms import functional
 
 from recipes import run
-from recipes.cifar100 import data as small_pictures
-from recipes.cifar100 import task as cifar100
-from recipes.cifar100.augment import Augmentation, augment, move
-from recipes.cifar100.task import Data, Look, Model
-from recipes.imagenet import task as imagenet
-from recipes.imagenet.data import Data as ImageNet
 from recipes.machinery import config, data, vision
+from recipes.machinery.run import Run
+from recipes.tasks.cifar100 import data as small_pictures
+from recipes.tasks.cifar100.augment import Augmentation, augment, move
+from recipes.tasks.cifar100.task import Data, Look, Model
+from recipes.tasks.imagenet import task as imagenet
+from recipes.tasks.imagenet.data import Data as ImageNet
 
 RUN = config.RECIPES / "run.py"
 CONFIGS = [
@@ -360,14 +360,14 @@ def test_imagenet_goes_on_exactly_with_images_loaded_by_another_process(photogra
 
 @pytest.mark.parametrize(
     ("task", "table"),
-    [(task, table) for task in (cifar100, imagenet) for table in ("data", "model", "loss")]
-    + [(cifar100, "augment"), (imagenet, "evaluation")],
+    [(task, table) for task in ("cifar100", "imagenet") for table in ("data", "model", "loss")]
+    + [("cifar100", "augment"), ("imagenet", "evaluation")],
 )
-def test_an_unknown_key_is_refused_before_data_is_looked_for(task: Any, table: str, tmp_path: Path) -> None:
-    settings = config.load(task.__name__.split(".")[1], "paper")
+def test_an_unknown_key_is_refused_before_data_is_looked_for(task: str, table: str, tmp_path: Path) -> None:
+    settings = config.load(task, "paper")
     settings.tables[table]["colour"] = 1
     with pytest.raises(TypeError, match="colour"):
-        task.train(run.Run(settings, tmp_path, tmp_path, None))
+        config.task_module(task).train(Run(settings, tmp_path, tmp_path, None))
 
 
 def test_two_processes_see_what_one_sees_and_write_one_record(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from recipes import run
-from recipes.iwslt14 import data, task, tools
-from recipes.iwslt14.data import Data, Pair
-from recipes.iwslt14.tools import Tools, Training
 from recipes.machinery import config
 from recipes.machinery.config import RECIPES
+from recipes.machinery.run import Run
+from recipes.tasks.iwslt14 import data, task, tools
+from recipes.tasks.iwslt14.data import Data, Pair
+from recipes.tasks.iwslt14.tools import Tools, Training
 
 TRAIN_DE = """<url>http://www.ted.com/talks/x</url>
 <keywords>sea</keywords>
@@ -334,7 +335,7 @@ def test_a_run_that_diverges_is_recorded(folder: Path, runs: dict[str, int]) -> 
 
 
 def test_a_run_without_its_checkpoint_does_not_begin_anew(folder: Path, runs: dict[str, int], tmp_path: Path) -> None:
-    stopped = run.Run(config.load("iwslt14", "paper", changes=TINY), folder, tmp_path, None, resumed=True)
+    stopped = Run(config.load("iwslt14", "paper", changes=TINY), folder, tmp_path, None, resumed=True)
     stopped.curve.evaluate(2, {"epoch": 1})
     with pytest.raises(RuntimeError, match=r"checkpoint1.pt is not there to go on from"):
         task.train(stopped)

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from recipes import run
 from recipes.machinery import config, data, office_help
 from recipes.machinery.office_help import Paragraph
-from recipes.squad import data as squad_data
-from recipes.squad import metrics, task
-from recipes.squad.train import SCRIPT, Arguments, encode, measure
+from recipes.tasks.squad import data as squad_data
+from recipes.tasks.squad import metrics, task
+from recipes.tasks.squad.train import SCRIPT, Arguments, encode, measure
 
 ROOT = config.RECIPES.parent
 PLACES = {"Rome": "Italy", "Paris": "France", "Oslo": "Norway", "Bern": "Switzerland", "Lima": "Peru", "Cairo": "Egypt"}
@@ -254,7 +254,7 @@ def test_two_processes_share_the_batch(tiny: Path) -> None:
 
 
 def test_the_script_by_hand(folder: Path) -> None:
-    command = [sys.executable, "recipes/squad/train.py", "--model_name_or_path", str(folder / "model")]
+    command = [sys.executable, "recipes/tasks/squad/train.py", "--model_name_or_path", str(folder / "model")]
     command += ["--train_file", str(folder / "downloads" / "train-v1.1.json"), "--optim", "sing_adamw"]
     command += ["--test_file", str(folder / "downloads" / "dev-v1.1.json"), "--output_dir", str(folder / "out")]
     command += ["--max_steps", "2", "--max_length", "32", "--doc_stride", "4", "--use_cpu"]

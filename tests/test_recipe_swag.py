@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from recipes import run
 from recipes.machinery import config, trainer
-from recipes.swag import data, task
-from recipes.swag.data import ENDINGS
-from recipes.swag.train import SCRIPT, Arguments, encode, measure
+from recipes.tasks.swag import data, task
+from recipes.tasks.swag.data import ENDINGS
+from recipes.tasks.swag.train import SCRIPT, Arguments, encode, measure
 
 ROOT = config.RECIPES.parent
 

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from recipes.machinery import config
 from recipes.machinery.trainer import Script, commands
-from recipes.squad.train import SCRIPT as SQUAD
-from recipes.swag.train import SCRIPT as SWAG
+from recipes.tasks.squad.train import SCRIPT as SQUAD
+from recipes.tasks.swag.train import SCRIPT as SWAG
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_every_optimizer_of_a_configuration_is_a_command_of_the_script(task: str
     for label in config.labels(task, name):
         settings = config.load(task, name, label)
         ((python, path, *line),) = commands(script, settings, Path("data"))
-        assert (python, path) == ("python", f"recipes/{task}/train.py")
+        assert (python, path) == ("python", f"recipes/tasks/{task}/train.py")
         assert (config.RECIPES.parent / path).is_file()
         own, trainers = script.parse(line)
         assert isinstance(own, script.arguments)

@@ -18,13 +18,13 @@ from numpy.testing import assert_array_equal
 from torch import nn
 
 from recipes import run, tune
-from recipes.landscape import task as landscape
 from recipes.machinery import config, data, record, search, vision
 from recipes.machinery.data import Download
 from recipes.machinery.record import Curve, DivergenceError
 from recipes.machinery.search import Grid, next_points
-from recipes.rde import rectangles
-from recipes.rde.task import Data, DepthViT
+from recipes.tasks.landscape import task as landscape
+from recipes.tasks.rde import rectangles
+from recipes.tasks.rde.task import Data, DepthViT
 
 CONFIGS = [
     (task, file.stem) for task in config.TASKS for file in sorted((config.task_folder(task) / "configs").iterdir())

@@ -1,7 +1,7 @@
 """What a run is: a task, a configuration file, one of the optimizers in it, a seed, and changes to all that.
 
-A configuration is ``recipes/TASK/configs/NAME.toml``. Its tables are the task's own (``data``, ``model``, ``train``),
-but for
+A configuration is ``recipes/tasks/TASK/configs/NAME.toml``. Its tables are the task's own (``data``, ``model``,
+``train``), but for
 
 - ``[optimizer]``: ``lr``, ``weight_decay``, ``options`` and whatever else the task's optimizers share,
 - ``[optimizers.LABEL]``: what is different for one of them; ``opt``, the name that the framework is asked for, is the
@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).resolve().parents[1]
-TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("*/configs")))
+TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("tasks/*/configs")))
 
 NOT_OF_A_RUN = ("tune", "summary", "reported")
 
@@ -97,12 +97,12 @@ class Settings:
 
 def task_folder(task: str) -> Path:
     """Where a task is, with its README, its configurations and its published records."""
-    return RECIPES / task
+    return RECIPES / "tasks" / task
 
 
 def task_module(task: str, name: str = "task") -> Any:
     """A module of a task, which the machinery finds by name only: it works with whatever tasks there are."""
-    return import_module(f"recipes.{task}.{name}")
+    return import_module(f"recipes.tasks.{task}.{name}")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

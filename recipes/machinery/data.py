@@ -74,28 +74,28 @@ class DataSet:
 DATA_SETS: dict[str, DataSet] = {
     "iwslt14": DataSet(
         "160,000 sentences of TED talks, German and English; evaluation campaign of 2014",
-        "recipes.iwslt14.data:fetch_iwslt14",
+        "recipes.tasks.iwslt14.data:fetch_iwslt14",
     ),
     "office-help": DataSet(
         "the help pages of LibreOffice 7.4, German and English; out of Debian's packages",
-        "recipes.iwslt14.data:fetch_office_help",
+        "recipes.tasks.iwslt14.data:fetch_office_help",
         "iwslt14",
     ),
-    "squad": DataSet("SQuAD v1.1, from its authors", "recipes.squad.data:prepare_squad"),
+    "squad": DataSet("SQuAD v1.1, from its authors", "recipes.tasks.squad.data:prepare_squad"),
     "office-help-qa": DataSet(
         "LibreOffice 7.4's help, out of a package of Debian's: a heading asks, the first sentence below it answers",
-        "recipes.squad.data:prepare_office_help_qa",
+        "recipes.tasks.squad.data:prepare_office_help_qa",
         stands_in_for="squad",
     ),
-    "swag": DataSet("SWAG, from its authors", "recipes.swag.data:prepare_swag"),
+    "swag": DataSet("SWAG, from its authors", "recipes.tasks.swag.data:prepare_swag"),
     "austen": DataSet(
         "Jane Austen's novels, out of a package of Debian's: the next sentence, among three of other chapters",
-        "recipes.swag.data:prepare_austen",
+        "recipes.tasks.swag.data:prepare_austen",
         stands_in_for="swag",
     ),
     "exams": DataSet(
         "questions of the FCC's radio exams, with four choices, out of packages of Debian's",
-        "recipes.swag.data:prepare_exams",
+        "recipes.tasks.swag.data:prepare_exams",
         stands_in_for="swag",
     ),
     "minilm": DataSet(
@@ -103,15 +103,17 @@ DATA_SETS: dict[str, DataSet] = {
         "recipes.machinery.minilm:prepare",
         stands_in_for="bert-base-uncased, roberta-base",
     ),
-    "cifar100": DataSet("60,000 photographs of 32x32, 100 classes, from Toronto", "recipes.cifar100.data:cifar100"),
+    "cifar100": DataSet(
+        "60,000 photographs of 32x32, 100 classes, from Toronto", "recipes.tasks.cifar100.data:cifar100"
+    ),
     "fashion-mnist": DataSet(
         "70,000 grey pictures of clothes, 28x28, 10 classes, from Debian",
-        "recipes.cifar100.data:fashion_mnist",
+        "recipes.tasks.cifar100.data:fashion_mnist",
         "CIFAR100",
     ),
     "fashion-mnist-folder": DataSet(
         "30,000 of them as files, in the folders that ImageNet has",
-        "recipes.imagenet.data:fashion_mnist_folder",
+        "recipes.tasks.imagenet.data:fashion_mnist_folder",
         "ImageNet",
     ),
 }

@@ -147,7 +147,7 @@ def read_all(task: str, config: str, folder: Path | None = None) -> list[dict[st
 
 
 def results_folder(task: str, config: str, folder: Path | None = None) -> Path:
-    """Where the records of a configuration are: ``recipes/TASK/results/CONFIG``, or ``folder/TASK/CONFIG``."""
+    """Where the records of a configuration are: ``recipes/tasks/TASK/results/CONFIG``, or ``folder/TASK/CONFIG``."""
     return (folder / task if folder else task_folder(task) / "results") / config
 
 

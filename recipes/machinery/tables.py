@@ -75,7 +75,7 @@ def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
     Args:
         task: one of :data:`recipes.machinery.config.TASKS`.
         name: of the configuration.
-        folder: with a folder of records for each task, instead of ``recipes/TASK/results``.
+        folder: with a folder of records for each task, instead of ``recipes/tasks/TASK/results``.
     """
     records = record.read_all(task, name, folder)
     found = {}

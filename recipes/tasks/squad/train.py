@@ -1,8 +1,8 @@
 """Fine-tune a model to answer questions by a part of a text, with Hugging Face's Trainer.
 
-    python recipes/squad/train.py --model_name_or_path bert-base-uncased --dataset squad --optim sing_adamw \\
+    python recipes/tasks/squad/train.py --model_name_or_path bert-base-uncased --dataset squad --optim sing_adamw \\
         --learning_rate 8e-4 --weight_decay 3e-3 --num_train_epochs 3 --per_device_train_batch_size 12
-    torchrun --nproc_per_node=2 recipes/squad/train.py --train_file train.json --test_file dev.json …
+    torchrun --nproc_per_node=2 recipes/tasks/squad/train.py --train_file train.json --test_file dev.json …
 
 Files are in SQuAD's format. The metrics are SQuAD v1.1's, in percent.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[3])  # instead of this folder
 
 import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -24,7 +24,7 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from recipes.machinery import trainer
 from recipes.machinery.trainer import Row, Script
-from recipes.squad import data, metrics
+from recipes.tasks.squad import data, metrics
 
 
 @dataclass
@@ -101,7 +101,7 @@ def measure(dataset: Dataset, prediction: EvalPrediction, arguments: Arguments) 
 
 
 SCRIPT = Script(
-    path="recipes/squad/train.py",
+    path="recipes/tasks/squad/train.py",
     arguments=Arguments,
     model=AutoModelForQuestionAnswering,
     read=data.read,

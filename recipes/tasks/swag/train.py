@@ -1,8 +1,8 @@
 """Fine-tune a model to choose the ending that goes with a text, with Hugging Face's Trainer.
 
-    python recipes/swag/train.py --model_name_or_path roberta-base --dataset swag --optim sing_adamw \\
+    python recipes/tasks/swag/train.py --model_name_or_path roberta-base --dataset swag --optim sing_adamw \\
         --learning_rate 2e-4 --weight_decay 3e-3 --num_train_epochs 4 --per_device_train_batch_size 32
-    torchrun --nproc_per_node=2 recipes/swag/train.py --train_file train.csv --test_file val.csv …
+    torchrun --nproc_per_node=2 recipes/tasks/swag/train.py --train_file train.csv --test_file val.csv …
 
 Files are CSV or JSON with SWAG's columns: sent1, sent2, ending0 to ending3, label; video-id for --held_out.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[3])  # instead of this folder
 
 import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -23,8 +23,8 @@ from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoi
 
 from recipes.machinery import trainer
 from recipes.machinery.trainer import Row, Script
-from recipes.swag import data
-from recipes.swag.data import ENDINGS
+from recipes.tasks.swag import data
+from recipes.tasks.swag.data import ENDINGS
 
 
 @dataclass
@@ -56,7 +56,7 @@ def measure(dataset: Dataset, prediction: EvalPrediction, arguments: Arguments) 
 
 
 SCRIPT = Script(
-    path="recipes/swag/train.py",
+    path="recipes/tasks/swag/train.py",
     arguments=Arguments,
     model=AutoModelForMultipleChoice,
     read=data.read,

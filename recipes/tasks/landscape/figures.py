@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from recipes.landscape.task import landscape
 from recipes.machinery.figures import STYLE, grid, save
 from recipes.machinery.tables import Runs
+from recipes.tasks.landscape.task import landscape
 
 
 def draw(found: Mapping[str, Runs], folder: Path) -> dict[str, str]:

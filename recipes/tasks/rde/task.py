@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from recipes.machinery import vision
 from recipes.machinery.data import made_of, temporary
-from recipes.rde import rectangles
-from recipes.rde.rectangles import Pictures
+from recipes.tasks.rde import rectangles
+from recipes.tasks.rde.rectangles import Pictures
 
 if TYPE_CHECKING:
     from recipes.machinery.record import Outcome

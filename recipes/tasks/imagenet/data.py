@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import create_dataset, create_transform  # type: ignore[attr-defined]
 from torch.utils.data import Dataset, Subset
 
-from recipes.cifar100.data import read_fashion_mnist
 from recipes.machinery import vision
 from recipes.machinery.data import filled
+from recipes.tasks.cifar100.data import read_fashion_mnist
 
 TRAIN, TEST = "train", "validation"
 STAND_IN = {"train": 20_000, "val": 10_000}  # Fashion-MNIST's first images; so many files are enough

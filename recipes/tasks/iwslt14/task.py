@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recipes.demo.with_fairseq import read_log, used_optimizer
-from recipes.iwslt14.data import Data, preprocess_command
-from recipes.iwslt14.tools import HELD_OUT, Tools, updates_of
 from recipes.machinery.config import Settings
 from recipes.machinery.record import DivergenceError, Outcome
+from recipes.tasks.iwslt14.data import Data, preprocess_command
+from recipes.tasks.iwslt14.tools import HELD_OUT, Tools, updates_of
 
 if TYPE_CHECKING:
     from recipes.machinery.run import Run

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
-from recipes.imagenet.data import Data
 from recipes.machinery import vision
+from recipes.tasks.imagenet.data import Data
 
 if TYPE_CHECKING:
     from recipes.machinery.record import Outcome

@@ -1,4 +1,4 @@
-"""SWAG: a pretrained model chooses how a text goes on (paper, Table 4). Through Hugging Face's Trainer."""
+"""SQuAD: a pretrained model answers questions by a part of a text (paper, Table 4). Through Hugging Face's Trainer."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes.machinery import trainer
-from recipes.swag.train import SCRIPT
+from recipes.tasks.squad.train import SCRIPT
 
 if TYPE_CHECKING:
     from recipes.machinery.config import Settings
     from recipes.machinery.record import Outcome
     from recipes.machinery.run import Run
 
-METRIC = "accuracy"
+METRIC = "f1"
 HIGHER_IS_BETTER = True
 
 
 def train(run: Run) -> Outcome:
-    """Run recipes/swag/train.py with the run's configuration."""
+    """Run recipes/tasks/squad/train.py with the run's configuration."""
     return trainer.train(run, SCRIPT)
 
 
 def commands(settings: Settings, data: Path) -> list[list[str]]:
-    """The command line of recipes/swag/train.py."""
+    """The command line of recipes/tasks/squad/train.py."""
     return trainer.commands(SCRIPT, settings, data)

@@ -11,9 +11,9 @@ import timm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from recipes.cifar100.augment import Augmentation, augment
-from recipes.cifar100.data import SOURCES, Source
 from recipes.machinery import vision
+from recipes.tasks.cifar100.augment import Augmentation, augment
+from recipes.tasks.cifar100.data import SOURCES, Source
 
 if TYPE_CHECKING:
     from recipes.machinery.record import Outcome
