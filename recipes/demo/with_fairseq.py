@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from recipes.demo.data import SPLITS, Message, fetch, read_messages, translations, words
 from recipes.demo.report import OnStep, Outcome, Train, Used
 from recipes.machinery.data import split
+from recipes.machinery.fairseq_tools import command, read_log, used_optimizer
 
 WORKLOAD = "Transformer (2+2 layers of 128), UI messages de→en"
 METRIC = "perplexity"
@@ -114,32 +112,7 @@ def train(
                 metrics[tag] = float(logged[f"{tag}_ppl"])
     if process.returncode != 0:
         raise RuntimeError(f"fairseq-train failed with exit code {process.returncode}")
-    return Outcome(used_optimizer(output / "checkpoint_last.pt"), metrics)
-
-
-def used_optimizer(checkpoint: Path) -> Used:
-    """What the checkpoint says about the optimizer that wrote it: fairseq's class for it, and SING's own state."""
-    saved = torch.load(checkpoint, weights_only=False)  # written by the process above
-    state = saved["last_optimizer_state"]["state"].values()
-    return Used(
-        saved["optimizer_history"][-1]["optimizer_name"], sing=any("lookahead_params" in tensors for tensors in state)
-    )
-
-
-def read_log(line: str) -> tuple[str, dict[str, Any]]:
-    """Tag and values of a line that ``fairseq-train`` logged of a step or an evaluation; no values of another line."""
-    parts = line.split(" | ", maxsplit=3)
-    if len(parts) < 4 or parts[2] not in ("train_inner", "valid", "test"):
-        return "", {}
-    return parts[2], json.loads(parts[3])
-
-
-def command(tool: str, options: dict[str, Any], *positional: Path) -> list[str]:
-    """A command line of one of fairseq's tools, which are installed beside this interpreter."""
-    flags: list[str] = []
-    for name, value in options.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return [str(Path(sys.executable).with_name(tool)), *map(str, positional), *flags]
+    return Outcome(Used(*used_optimizer(output / "checkpoint_last.pt")), metrics)
 
 
 def sub_words(texts: Sequence[str], vocabulary: int = 1000) -> Callable[[str], str]:

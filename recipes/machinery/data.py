@@ -108,7 +108,7 @@ DATA_SETS: dict[str, DataSet] = {
     ),
     "fashion-mnist": DataSet(
         "70,000 grey pictures of clothes, 28x28, 10 classes, from Debian",
-        "recipes.tasks.cifar100.data:fashion_mnist",
+        "recipes.machinery.fashion_mnist:prepare",
         "CIFAR100",
     ),
     "fashion-mnist-folder": DataSet(

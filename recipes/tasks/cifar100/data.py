@@ -1,8 +1,7 @@
-"""CIFAR100 as torchvision reads it, and Fashion-MNIST, which stands in for it, out of Debian's package."""
+"""CIFAR100 as torchvision reads it, and Fashion-MNIST, which stands in for it."""
 
 from __future__ import annotations
 
-import gzip
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,33 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
-from recipes.machinery.data import Download, fetch, filled, read_deb
+from recipes.machinery import fashion_mnist
+from recipes.machinery.data import Download, fetch, filled
+from recipes.machinery.fashion_mnist import Pictures
 
 # The sha256 is the one that Keras and torchvision's prototypes have recorded; the download itself was not tried here.
 ARCHIVE = Download(
     ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
     "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 )
-PACKAGE = Download.debian(
-    "d/dataset-fashion-mnist/dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
-    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Labelled pictures.
-
-    Attributes:
-        pixels: uint8 [N, C, S, S].
-        labels: int64 [N].
-    """
-
-    pixels: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,46 +77,7 @@ def _channels_first(pixels: NDArray[np.uint8], labels: list[int]) -> Pictures:
     return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
-def fashion_mnist(folder: Path) -> Path:
-    """Debian's package.
-
-    Raises:
-        SystemExit: as :func:`recipes.machinery.data.fetch`.
-    """
-    return fetch(PACKAGE, folder)
-
-
-def read_fashion_mnist(folder: Path) -> tuple[Pictures, Pictures]:
-    """The training and the test set, one channel.
-
-    Raises:
-        SystemExit: as :func:`recipes.machinery.data.fetch`.
-    """
-    files = {
-        Path(name).name.removesuffix("-ubyte.gz"): idx(gzip.decompress(content))
-        for name, content in read_deb(fashion_mnist(folder), lambda name: name.endswith("-ubyte.gz"))
-    }
-    train, test = (
-        Pictures(files[f"{part}-images-idx3"].unsqueeze(1), files[f"{part}-labels-idx1"].long())
-        for part in ("train", "t10k")
-    )
-    return train, test
-
-
-def idx(content: bytes) -> Tensor:
-    """The bytes of an IDX file: two zeros, the type, the number of axes; the axes' lengths (big-endian); the values.
-
-    Raises:
-        ValueError: it is no IDX file of bytes, or cut off.
-    """
-    if content[:3] != b"\0\0\x08":
-        raise ValueError(f"Not an IDX file of unsigned bytes: it begins with {content[:3]!r}.")
-    begin = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:begin], ">u4").tolist()
-    return torch.frombuffer(bytearray(content[begin:]), dtype=torch.uint8).view(shape)
-
-
 SOURCES = {
     "cifar100": Source(read_cifar100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "fashion-mnist": Source(read_fashion_mnist, 10, (0.2860,), (0.3530,)),
+    "fashion-mnist": Source(fashion_mnist.read, 10, (0.2860,), (0.3530,)),
 }

@@ -12,9 +12,8 @@ from PIL import Image
 from timm.data import create_dataset, create_transform  # type: ignore[attr-defined]
 from torch.utils.data import Dataset, Subset
 
-from recipes.machinery import vision
+from recipes.machinery import fashion_mnist, vision
 from recipes.machinery.data import filled
-from recipes.tasks.cifar100.data import read_fashion_mnist
 
 TRAIN, TEST = "train", "validation"
 STAND_IN = {"train": 20_000, "val": 10_000}  # Fashion-MNIST's first images; so many files are enough
@@ -141,7 +140,7 @@ def fashion_mnist_folder(folder: Path, name: str = "fashion-mnist-folder") -> Pa
     """
 
     def write(making: Path) -> Path:
-        for (split, count), pictures in zip(STAND_IN.items(), read_fashion_mnist(folder), strict=True):
+        for (split, count), pictures in zip(STAND_IN.items(), fashion_mnist.read(folder), strict=True):
             for label in set(pictures.labels.tolist()):
                 (making / split / str(label)).mkdir(parents=True)
             labelled = zip(pictures.labels[:count].tolist(), pictures.pixels[:count, 0].numpy(), strict=True)

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.demo.with_fairseq import command
 from recipes.machinery import office_help
 from recipes.machinery.data import Download, fetch, filled, made_of
+from recipes.machinery.fairseq_tools import command
 
 SPLITS = ("train", "valid", "test")
 Corpus = dict[str, list["Pair"]]

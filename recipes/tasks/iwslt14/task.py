@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes.demo.with_fairseq import read_log, used_optimizer
 from recipes.machinery.config import Settings
+from recipes.machinery.fairseq_tools import read_log, used_optimizer
 from recipes.machinery.record import DivergenceError, Outcome
 from recipes.tasks.iwslt14.data import Data, preprocess_command
 from recipes.tasks.iwslt14.tools import HELD_OUT, Tools, updates_of
@@ -64,7 +64,7 @@ def train(run: Run) -> Outcome:
         hypotheses, metrics[f"{split} bleu"] = read_translations(_output(tools.generate(split), tools))
         references = (folder / f"{split}.ref").read_text().splitlines()
         metrics[f"{split} sacrebleu"] = sacrebleu_of(hypotheses, references)
-    return Outcome(metrics, used_optimizer(tools.last).name)
+    return Outcome(metrics, used_optimizer(tools.last)[0])
 
 
 def _checkpoint(run: Run, tools: Tools) -> Path | None:

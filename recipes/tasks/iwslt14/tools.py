@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from recipes.demo.with_fairseq import command
 from recipes.machinery.config import Settings
+from recipes.machinery.fairseq_tools import command
 
 HELD_OUT = ("valid", "test")
 
