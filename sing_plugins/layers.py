@@ -35,6 +35,8 @@ DECLARED: dict[str, tuple[Kind | None, str]] = {
     "ClassAttentionBlock": ("layerscale", "gamma1 gamma2"),
     "ConvNeXtBlock": ("layerscale", "gamma"),
     "EvaBlock": ("layerscale", "gamma_1 gamma_2"),
+    "LayerScaleBlock": ("layerscale", "gamma_1 gamma_2"),
+    "LayerScaleBlockClassAttn": ("layerscale", "gamma_1 gamma_2"),
     "MetaNeXtBlock": ("layerscale", "gamma"),
     "SplitTransposeBlock": ("layerscale", "gamma gamma_xca"),
     "XCABlock": ("layerscale", "gamma1 gamma2 gamma3"),
@@ -45,28 +47,40 @@ DECLARED: dict[str, tuple[Kind | None, str]] = {
     "Data2VecVisionLayer": ("layerscale", "lambda_1 lambda_2"),
     "DinatLayer": ("layerscale", "layer_scale_parameters"),
     "EdgeTamVideoMemoryFuserCXBlock": ("layerscale", "scale"),
+    "EfficientFormerMeta3D": ("layerscale", "layer_scale_1 layer_scale_2"),
+    "EfficientFormerMeta4D": ("layerscale", "layer_scale_1 layer_scale_2"),
     "FocalNetLayer": ("layerscale", "gamma_1 gamma_2"),
     "GroundingDinoFusionLayer": ("layerscale", "vision_param text_param"),
     "Inkling2VisionEncoderLayer": ("layerscale", "lambda_1 lambda_2"),
     "InternVLVisionLayer": ("layerscale", "lambda_1 lambda_2"),
     "LwDetrViTLayer": ("layerscale", "gamma_1 gamma_2"),
     "MMGroundingDinoFusionLayer": ("layerscale", "vision_param text_param"),
+    "NatLayer": ("layerscale", "layer_scale_parameters"),
     "PoolFormerLayer": ("layerscale", "layer_scale_1 layer_scale_2"),
     "QianfanOCRVisionLayer": ("layerscale", "lambda_1 lambda_2"),
     "Qwen3OmniMoeConvNeXtBlock": ("layerscale", "gamma"),
     "Sam2VideoMemoryFuserCXBlock": ("layerscale", "scale"),
+    "Sam3LiteTextLayerScaledResidual": ("layerscale", "layer_scale"),
     "Sam3TrackerVideoMemoryFuserCXBlock": ("layerscale", "scale"),
     "Step3p7VisionEncoderLayer": ("layerscale", "lambda_1 lambda_2"),
     "SwiftFormerConvEncoder": ("layerscale", "layer_scale"),
     "SwiftFormerEncoderBlock": ("layerscale", "layer_scale_1 layer_scale_2"),
     "SwiftFormerLocalRepresentation": ("layerscale", "layer_scale"),
+    "VanLayerScaling": ("layerscale", "weight"),
     "VibeVoiceAcousticTokenizerConvNext1dLayer": ("layerscale", "gamma ffn_gamma"),
     "VibeVoiceAsrConvNext1dLayer": ("layerscale", "gamma ffn_gamma"),
     "WavTokenizerConvNeXtBlock": ("layerscale", "gamma"),
-    # norms that the rules by name would miss: a matrix of (heads, channels), a name without "norm"
-    "CohereLayerNorm": ("layernorm", "weight"),
+    # norms that the rules by name would miss or take for another kind
+    "CohereLayerNorm": ("layernorm", "weight"),  # of queries and keys: a matrix of (heads, channels)
+    "GradiumPhononTTSTimestepNorm": ("layernorm", "weight"),  # RMSNorms by what they do, as the next five
+    "PocketTTSTimestepNorm": ("layernorm", "weight"),
+    "SimpleNorm": ("layernorm", "weight"),
+    "SimpleNorm2d": ("layernorm", "weight"),
+    "SimpleNorm2dFp32": ("layernorm", "weight"),
+    "SimpleNormFp32": ("layernorm", "weight"),
+    "MCTCTLayerNorm": ("layernorm", "singleton_weight singleton_bias"),
     "InplaceAbn": ("norm", "weight bias"),
-    # no norms: they add to their input, or squash it, instead of setting its scale
+    # no norms: they add to their input, squash it, or only scale it
     "GlobalResponseNorm": (None, "weight bias"),
     "GRN": (None, "gamma beta"),
     "ConvNextV2GRN": (None, "weight bias gamma beta"),
@@ -110,9 +124,10 @@ _NORM_TYPES = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _MATRIX_TYPES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 # Parameter names
 _BIAS = re.compile(r"(^|_)bias($|_)", re.IGNORECASE)  # bias, in_proj_bias, bias_hh_l0
-_NORM_GAIN = frozenset({"weight", "gamma", "scale", "gain", "g", "a_2"})
+_NORM_GAIN = frozenset({"weight", "gamma", "scale", "scalar", "gain", "g", "a_2"})
 _GAIN = re.compile(
-    r"(^|_)(gamma|beta|lambda|alpha|(layer_?|logit_?)?scale|ls|gain|gate|temp(erature)?)s?(\d|_|$)", re.IGNORECASE
+    r"(^|_)(gamma|beta|lambda|alpha|(layer_?|logit_?)?scale|ls|gain|gate|temp(erature)?|res(idual)?_?weight)s?(\d|_|$)",
+    re.IGNORECASE,
 )
 
 
@@ -125,17 +140,17 @@ def kind(owner: nn.Module, leaf: str) -> Kind | None:
 
     Returns:
         ``"layernorm"``, ``"layerscale"``, ``"norm"`` (BatchNorm, GroupNorm, InstanceNorm and the rest), or None. A
-        class of another name than torch's is a norm only if it is called one, holds a gain, and no matrix: a
-        ``NormedLinear`` is none, and a language model's head that is called after its LayerNorms is none either.
+        class that is not torch's is a norm only if it or a base is called one, holds a gain directly, and has no matrix
+        anywhere below it: a ``NormedLinear``, and the head of a model that is called after its LayerNorms, are none.
     """
     declared = _declared(owner, leaf)
     if declared is not None:
         return declared[0]
-    if isinstance(owner, _LAYER_NORM_TYPES) or (_is_called(owner, _LAYER_NORM_CLASS) and _looks_like_norm(owner)):
+    if isinstance(owner, _LAYER_NORM_TYPES) or _is_norm(owner, _LAYER_NORM_CLASS):
         return "layernorm"
     if _is_called(owner, _LAYER_SCALE_CLASS) and (leaf in _NORM_GAIN or _GAIN.search(leaf)) and _has_no_matrix(owner):
         return "layerscale"
-    if isinstance(owner, _NORM_TYPES) or (_is_called(owner, _NORM_CLASS) and _looks_like_norm(owner)):
+    if isinstance(owner, _NORM_TYPES) or _is_norm(owner, _NORM_CLASS):
         return "norm"
     return None
 
@@ -153,8 +168,9 @@ def gain(owner: nn.Module, leaf: str) -> torch.Tensor | None:
     what = kind(owner, leaf)
     if what is None or (what != "layerscale" and leaf not in _NORM_GAIN):
         return None
-    values = getattr(owner, leaf).detach()
-    values = values.full_tensor() if hasattr(values, "full_tensor") else values
+    values: torch.Tensor = getattr(owner, leaf).detach()
+    if hasattr(values, "full_tensor"):  # a DTensor
+        values = values.full_tensor()
     return values + 1.0 if any(cls.__name__ in ONE_PLUS for cls in type(owner).__mro__) else values
 
 
@@ -214,13 +230,14 @@ def _is_called(owner: nn.Module, pattern: re.Pattern[str]) -> bool:
     return any(pattern.search(cls.__name__) for cls in type(owner).__mro__)
 
 
-def _looks_like_norm(owner: nn.Module) -> bool:
-    return any(leaf in _NORM_GAIN for leaf, _ in owner.named_parameters(recurse=False)) and _has_no_matrix(owner)
+def _is_norm(owner: nn.Module, called: re.Pattern[str]) -> bool:
+    gains = (leaf for leaf, _ in owner.named_parameters(recurse=False) if leaf in _NORM_GAIN)
+    return _is_called(owner, called) and any(gains) and _has_no_matrix(owner)
 
 
 def _has_no_matrix(owner: nn.Module) -> bool:
     # A NormedLinear is a matrix even where it has one row.
-    return not isinstance(owner, _MATRIX_TYPES) and all(map(_has_one_entry_a_channel, owner.parameters(recurse=False)))
+    return not isinstance(owner, _MATRIX_TYPES) and all(map(_has_one_entry_a_channel, owner.parameters()))
 
 
 def _has_one_entry_a_channel(parameter: nn.Parameter) -> bool:
