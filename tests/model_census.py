@@ -8,7 +8,6 @@ gains are real, and with large ones on the meta device, so that no model is too 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import math
 import os
@@ -29,6 +28,7 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_map_only
 
 from sing_plugins import layers
 
@@ -61,9 +61,18 @@ AUTO_MODELS = [getattr(transformers, name) for name in sorted(dir(transformers))
 NEEDED: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "dots1": {"n_routed_experts": 8},
+    "diffusion_gemma_text": {"num_experts": 8, "moe_intermediate_size": 64, "top_k_experts": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 4, "<image>": 5}},
     "esm": {"vocab_size": 33},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "hunyuan_vl_text": {"head_dim": 128},
     "informer": {"prediction_length": 8},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 32},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 48},
     "time_series_transformer": {"prediction_length": 8},
 }
 
@@ -77,14 +86,16 @@ class SmallOnCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in INITIALIZE and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
             return tensor
-        if func is torch.Tensor.copy_ and args[1].is_meta:
-            return args[0]
         if (
             func not in _device_constructors()
             or func is torch.tensor
             or any(kwargs.get(n) is not None for n in ("device", "out"))
         ):
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except (NotImplementedError, RuntimeError):  # tensors of both devices: only shapes can be had
+                args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+                return func(*args, **kwargs)
         made = func(*args, **{**kwargs, "device": "meta"})
         if made.numel() > SMALL:
             return made
@@ -191,7 +202,6 @@ def main() -> None:
             if only is None or only in name:
                 rows.append("\t".join(row(library, name)))
                 print(rows[-1], file=sys.stdout if only else sys.stderr, flush=True)
-                gc.collect()
     if only is None:
         versions = ", ".join([*map(version, LIBRARIES), f"torch {torch.__version__.partition('+')[0]}"])
         TABLE.write_text("\n".join([f"# {versions}", "\t".join(COLUMNS), *rows]) + "\n")
