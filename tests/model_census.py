@@ -80,7 +80,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 class SmallOnCpu(TorchFunctionMode):
     """Tensors that a model makes without naming a device: small ones on the CPU, all others on the meta device."""
 
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -134,12 +134,14 @@ def build_transformers(model_type: str) -> nn.Module:
     config = transformers.CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
     for auto in (transformers.AutoModel, *AUTO_MODELS):
         if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return (found[0] if isinstance(found, tuple) else found)._from_config(config)
+            found: Any = auto._model_mapping[type(config)]
+            model: nn.Module = (found[0] if isinstance(found, tuple) else found)._from_config(config)
+            return model
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     for name, cls in vars(module).items():  # parts of larger models have no Auto class
         if getattr(cls, "config_class", None) is type(config) and not name.endswith("PreTrainedModel"):
-            return cls._from_config(config)
+            model = cls._from_config(config)
+            return model
     raise LookupError("no model class for its config")
 
 
