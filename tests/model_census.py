@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
@@ -135,13 +135,11 @@ def build_transformers(model_type: str) -> nn.Module:
     for auto in (transformers.AutoModel, *AUTO_MODELS):
         if type(config) in auto._model_mapping:
             found: Any = auto._model_mapping[type(config)]
-            model: nn.Module = (found[0] if isinstance(found, tuple) else found)._from_config(config)
-            return model
+            return cast(nn.Module, (found[0] if isinstance(found, tuple) else found)._from_config(config))
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     for name, cls in vars(module).items():  # parts of larger models have no Auto class
         if getattr(cls, "config_class", None) is type(config) and not name.endswith("PreTrainedModel"):
-            model = cls._from_config(config)
-            return model
+            return cast(nn.Module, cls._from_config(config))
     raise LookupError("no model class for its config")
 
 
