@@ -1,92 +1,53 @@
 """Registers SING in a framework when that framework is imported, with no import in the user's script.
 
 ``import torch`` calls :func:`install` through the entry point group ``torch.backends``, whatever the program is. So
-this module imports the standard library only, its entry point never raises, and it does no more than watch for the
+this module imports the standard library only, its entry point never raises, and it does no more than wait for the
 modules named in :data:`FRAMEWORKS`; an adapter is imported when, and only when, its framework is.
+
+A program can import a framework past our finder (typeguard's import hook does), reload it or put it into
+``sys.modules`` by hand; and timm builds AdamW for ``sing_adamw`` if nobody has told it about SING. So there are three
+lines of defence:
+
+1. the finder of :mod:`sing_plugins.watch`, which is enough in an ordinary program;
+2. each definition of an optimizer class, of which the frameworks are full: SING is registered in what is there, and the
+   finder goes to the front, where it sees the modules that are still to come;
+3. once timm is there, each construction of an optimizer: that timm is building it for a name of ours is an error. Torch
+   offers nothing public for that: its global hooks are called when training has begun.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from importlib.machinery import ModuleSpec
-from threading import get_ident
+from threading import RLock
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
+
+from sing_plugins import optimizer_events
+from sing_plugins.frameworks import FRAMEWORKS, LIBRARIES, Framework, Library
+from sing_plugins.watch import call_when_loaded, is_loading, is_watched, loaded, put_first, unwatch, watch
+
+if TYPE_CHECKING:
+    from sing_plugins.adapter import Adapter
+
+__all__ = ["FRAMEWORKS", "LIBRARIES", "Status", "disable", "enable", "install", "loaded", "status"]
 
 SWITCH = "SING_PLUGINS_AUTOLOAD"  # "0" switches autoload off
 TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # "0" switches all such entry points off
+DEPTH = 16  # from the constructor of torch's Optimizer to a framework's function; there are about 3
+OPTIMIZER = "torch.optim.optimizer"
 
-
-@dataclass(frozen=True)
-class Framework:
-    """How a framework is found and patched.
-
-    Attributes:
-        name: as the user knows it.
-        adapter: our package, with ``patch()``, ``unpatch()`` and ``is_patched()``; patch() is called after each of
-            the ``triggers`` was imported or reloaded and patches those that :func:`loaded` gives.
-        distributions: the distributions that provide it.
-        triggers: the modules that are patched; empty where the framework has nothing to register in.
-        supported: first supported version, and first unsupported one.
-    """
-
-    name: str
-    adapter: str
-    distributions: tuple[str, ...]
-    triggers: tuple[str, ...]
-    supported: tuple[str, str]
-
-    @property
-    def range(self) -> str:
-        """The supported versions, as pip writes them."""
-        return f">={self.supported[0]},<{self.supported[1]}"
-
-    def installed(self) -> str | None:
-        """The version at hand: what the imported package says of itself, else the installed distribution's, or None."""
-        version = getattr(sys.modules.get(self.name), "__version__", None)  # a checkout may hide the distribution
-        for distribution in self.distributions:
-            if not isinstance(version, str):
-                with suppress(Exception):  # not installed, or with broken metadata
-                    version = metadata.version(distribution)
-        return version if isinstance(version, str) else None
-
-    def is_supported(self, version: str) -> bool:
-        """Whether a version lies in the supported range."""
-        return _release(self.supported[0]) <= _release(version) < _release(self.supported[1])
-
-
-FRAMEWORKS: dict[str, Framework] = {
-    framework.name: framework
-    for framework in (
-        Framework(
-            "transformers",
-            "sing_transformers",
-            ("transformers",),
-            ("transformers.training_args", "transformers.trainer"),
-            ("4.57", "6"),
-        ),
-        Framework("timm", "sing_timm", ("timm",), ("timm.optim._optim_factory",), ("1.0.12", "2")),
-        Framework(
-            "fairseq",
-            "sing_fairseq",
-            ("fairseq-fixed", "fairseq"),
-            ("fairseq.optim", "fairseq.trainer"),
-            ("0.12.2", "0.13"),
-        ),
-        Framework("accelerate", "sing_accelerate", ("accelerate",), (), ("1.6", "2")),
-    )
-}
-
+_on: set[str] = set()  # the frameworks that are waited for
 _disabled: set[str] = set()
 _problems: dict[str, str] = {}  # framework -> why it was not patched
+_registered: WeakSet[ModuleType] = WeakSet()  # those of the frameworks' modules that were loaded when it was patched
+_patching = RLock()  # two modules of a framework may be imported by two threads
 
 
 @dataclass(frozen=True)
@@ -101,12 +62,14 @@ class Status:
 
 
 def install() -> None:
-    """The entry point: watch for the frameworks. Never raises; does nothing where ``SING_PLUGINS_AUTOLOAD=0``."""
+    """The entry point: wait for the frameworks. Never raises; does nothing where ``SING_PLUGINS_AUTOLOAD=0``."""
     try:
         if os.environ.get(SWITCH) != "0":
-            for framework in FRAMEWORKS.values():
-                if _watch(framework):
-                    _patch(framework.name)
+            _on.update(FRAMEWORKS.keys() - _disabled)
+            for name in list(_on):
+                if _wait_for(FRAMEWORKS[name]):
+                    _patch(name)
+            _look_at_torch()
     except Exception as error:  # an exception here would abort `import torch`
         _warn(f"SING could not watch for frameworks: {error!r}")
 
@@ -117,19 +80,22 @@ def enable(framework: str) -> None:
     Enabling twice changes nothing.
 
     Args:
-        framework: ``"transformers"``, ``"timm"``, ``"fairseq"`` or ``"accelerate"``.
+        framework: ``"transformers"``, ``"timm"``, ``"fairseq"`` or ``"accelerate"``, where there is nothing to do.
 
     Raises:
         ValueError: not a framework that SING knows.
         ModuleNotFoundError: the framework is not installed.
         RuntimeError: its version is not supported.
     """
-    chosen = _framework(framework)
-    _check_version(chosen)
-    _disabled.discard(framework)
-    _problems.pop(framework, None)
-    if _watch(chosen):
-        _register(chosen)
+    chosen = _library(framework)
+    chosen.check_version()
+    if isinstance(chosen, Framework):
+        _disabled.discard(framework)
+        _problems.pop(framework, None)
+        _on.add(framework)
+        _look_at_torch()
+        if _wait_for(chosen):
+            _register(chosen)
 
 
 def disable(framework: str) -> None:
@@ -141,99 +107,185 @@ def disable(framework: str) -> None:
     Raises:
         ValueError: not a framework that SING knows.
     """
-    chosen = _framework(framework)
+    chosen = _library(framework)
+    if not isinstance(chosen, Framework):
+        return
     _disabled.add(framework)
-    adapter = sys.modules.get(chosen.adapter)
-    if adapter is not None and chosen.triggers:
-        adapter.unpatch()
-
-
-def loaded(name: str) -> ModuleType | None:
-    """The module of this name if it has been executed to its end, which being in ``sys.modules`` does not say.
-
-    Args:
-        name: the full name, such as ``"transformers.trainer"``.
-    """
-    module = sys.modules.get(name)
-    return None if module is None or _is_loading(module) else module
+    _on.discard(framework)
+    for trigger in chosen.triggers:
+        unwatch(trigger)
+    if not any(FRAMEWORKS[name].misreads for name in _on):
+        optimizer_events.off(optimizer_events.OBJECT)
+    if not _on:
+        optimizer_events.off(optimizer_events.CLASS)
+        unwatch(OPTIMIZER)
+    if chosen.adapter in sys.modules:
+        with _patching:
+            _adapter(chosen).unpatch()
+            _registered.difference_update(_loaded(chosen))
 
 
 def status() -> list[Status]:
     """For each framework: installed version, supported range, whether SING is registered, and why (not)."""
-    return [_status(framework) for framework in FRAMEWORKS.values()]
+    return [_status(library) for library in (*FRAMEWORKS.values(), *LIBRARIES.values())]
 
 
-def _status(framework: Framework) -> Status:
-    version = framework.installed()
+def _status(library: Library) -> Status:
+    version = library.installed()
     if version is None:
-        active, why = False, f"not installed: pip install 'sing-plugins[{framework.name}]'"
-    elif not framework.is_supported(version):
+        active, why = False, f"not installed: pip install 'sing-plugins[{library.name}]'"
+    elif not library.is_supported(version):
         active, why = False, "the installed version is not supported"
-    elif framework.name in _disabled:
-        active, why = False, "disabled by sing_plugins.disable()"
-    elif framework.name in _problems:
-        active, why = False, _problems[framework.name]
-    elif not framework.triggers:
-        active, why = True, f"no names to register: import {framework.adapter}"
-    elif _is_patched(framework):
-        active, why = True, "registered"
-    elif not set(framework.triggers) <= _pending().keys():
-        active, why = False, f"autoload is off ({SWITCH}=0, {TORCH_SWITCH}=0, or sing-plugins is not installed)"
+    elif isinstance(library, Framework):
+        active, why = _state(library)
     else:
-        active, why = True, f"will be registered when {framework.name} is imported"
-    return Status(framework.name, version, framework.range, active, why)
+        active, why = True, f"no names to register: import {library.adapter}"
+    return Status(library.name, version, library.range, active, why)
 
 
-def _is_patched(framework: Framework) -> bool:
-    adapter = sys.modules.get(framework.adapter)
-    return adapter is not None and bool(adapter.is_patched())
+def _state(framework: Framework) -> tuple[bool, str]:
+    """Whether SING is registered, or certain to be, in a framework of a supported version; and why (not)."""
+    name = framework.name
+    by_hand = f'sing_plugins.enable("{name}") registers it'
+    off = f"autoload is off ({SWITCH}=0, {TORCH_SWITCH}=0, or sing-plugins is not installed)"
+    is_seen = optimizer_events.is_on(optimizer_events.CLASS) or all(map(is_watched, framework.triggers))
+    if name in _disabled:
+        return False, "disabled by sing_plugins.disable()"
+    if name in _problems:
+        return False, _problems[name]
+    if _loaded(framework):
+        if _is_registered(framework):
+            return True, "registered"
+        return False, f"imported, but past SING's import hook: {by_hand}" if name in _on else f"{off}: {by_hand}"
+    if name not in _on:
+        return False, off
+    if not is_seen:
+        return False, f"SING's import hook has been taken out of sys.meta_path: {by_hand}"
+    return True, f"will be registered when {name} is imported"
 
 
-def _framework(name: str) -> Framework:
-    if name not in FRAMEWORKS:
-        raise ValueError(f"Invalid framework: {name!r}. Accepted: {', '.join(FRAMEWORKS)}.")
-    return FRAMEWORKS[name]
+def _is_registered(framework: Framework) -> bool:
+    """Whether SING is registered in all of a framework's modules that are loaded."""
+    is_patched = framework.adapter in sys.modules and _adapter(framework).is_patched()
+    return is_patched and all(module in _registered for module in _loaded(framework))
 
 
-def _check_version(framework: Framework) -> None:
-    version = framework.installed()
-    if version is None:
-        raise ModuleNotFoundError(f"{framework.name} is not installed: pip install 'sing-plugins[{framework.name}]'")
-    if not framework.is_supported(version):
-        raise RuntimeError(f"SING supports {framework.name} {framework.range}, but {version} is installed")
+def _adapter(framework: Framework) -> Adapter:
+    return cast("Adapter", importlib.import_module(framework.adapter))
 
 
-def _register(framework: Framework) -> None:
-    """Patch the framework's modules that are loaded; a patch that fails halfway is undone."""
-    _check_version(framework)
-    adapter = importlib.import_module(framework.adapter)
-    if _is_loading(adapter):  # it imports its framework, and will be asked again
-        _call_when_loaded(adapter.__spec__, partial(_patch, framework.name))
-        return
-    try:
-        adapter.patch()
-    except Exception:
-        with suppress(Exception):
-            adapter.unpatch()
-        raise
+def _loaded(framework: Framework) -> list[ModuleType]:
+    return [module for trigger in framework.triggers if (module := loaded(trigger)) is not None]
+
+
+def _library(name: str) -> Library:
+    known: dict[str, Library] = {**FRAMEWORKS, **LIBRARIES}
+    if name not in known:
+        raise ValueError(f"Invalid framework: {name!r}. Accepted: {', '.join(known)}.")
+    return known[name]
+
+
+def _look() -> None:
+    """Register SING in what was imported unseen, and see what comes. Called when an optimizer class is defined."""
+    put_first()
+    for name in list(_on):
+        framework = FRAMEWORKS[name]
+        there = [sys.modules[trigger] for trigger in framework.triggers if trigger in sys.modules]
+        if any(module not in _registered for module in there) and _wait_for(framework):
+            _patch(name)
+    _look_at_torch()
+
+
+def _look_at_torch() -> None:
+    """Wait for what happens in torch, which may not have been imported yet."""
+    if _on and watch(OPTIMIZER, _look):
+        optimizer_events.on_class(_look)
+        if any(FRAMEWORKS[name].misreads and name in sys.modules for name in _on):
+            optimizer_events.on_object(_verify)
+
+
+def _wait_for(framework: Framework) -> bool:
+    """Wait for the framework's triggers; whether there are some already that SING is not registered in."""
+    for trigger in framework.triggers:
+        watch(trigger, partial(_patch, framework.name))
+    return any(module not in _registered for module in _loaded(framework))
 
 
 def _patch(name: str) -> None:
     """Called after a trigger was imported. Whatever goes wrong is a warning: the import must succeed."""
-    if name in _disabled or name in _problems:
+    if name not in _on or name in _problems:
         return
     try:
         _register(FRAMEWORKS[name])
     except Exception as error:
-        _give_up(name, error)
+        _problems[name] = f"{type(error).__name__}: {error}"
+        _warn(
+            f"SING is not registered in {name}, whose optimizer names are untouched, so that a sing_… name is not "
+            f"SING: {_problems[name]}. `sing-plugins status` tells more; {SWITCH}=0 silences this."
+        )
 
 
-def _give_up(name: str, error: Exception) -> None:
-    _problems[name] = f"{type(error).__name__}: {error}"
-    _warn(
-        f"SING is not registered in {name}, whose optimizer names are untouched, so that a sing_… name is not SING: "
-        f"{type(error).__name__}: {error}. `sing-plugins status` tells more; {SWITCH}=0 silences this."
-    )
+def _register(framework: Framework) -> None:
+    """Patch the framework's modules that are loaded; a patch that fails halfway is undone."""
+    framework.check_version()
+    adapter = _adapter(framework)
+    if is_loading(sys.modules[framework.adapter]):  # it imports its framework, and will be asked again
+        call_when_loaded(sys.modules[framework.adapter], partial(_patch, framework.name))
+        return
+    with _patching:
+        try:
+            adapter.patch()
+        except Exception:
+            with suppress(Exception):
+                adapter.unpatch()
+            raise
+        _registered.update(_loaded(framework))
+
+
+def _verify() -> None:
+    """Called before an optimizer is built: it must not be what a framework makes of one of our names.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    for name in list(_on):
+        framework = FRAMEWORKS[name]
+        asked = _asked(*framework.misreads) if framework.misreads else None
+        if asked is not None:
+            if _loaded(framework):
+                _patch(name)  # too late for this one
+            raise RuntimeError(_explain(framework, asked))
+
+
+def _asked(package: str, variable: str) -> str | None:
+    """The name of ours for which a package's function is building an optimizer that is not ours, or None."""
+    frame: Any = sys._getframe(3)  # whoever builds it
+    for _ in range(DEPTH):
+        if frame is None:
+            return None
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("sing_"):
+            return None
+        if module.startswith(package):
+            name = frame.f_locals.get(variable)
+            if isinstance(name, str) and "sing" in name.lower().split("_"):
+                return name
+        frame = frame.f_back
+    return None
+
+
+def _explain(framework: Framework, asked: str) -> str:
+    version = framework.installed() or ""
+    if not framework.is_supported(version):
+        why = f"SING supports {framework.name} {framework.range}, and this is {version}."
+    elif framework.name in _problems:
+        why = f"SING could not be registered: {_problems[framework.name]}."
+    else:
+        why = (
+            f"it was imported past SING's import hook, or reloaded. SING is registered now, so that the next call is "
+            f'right; sing_plugins.enable("{framework.name}") after the import makes the first one right.'
+        )
+    return f"{framework.name} is about to build another optimizer for the name {asked!r}: {why}"
 
 
 def _warn(message: str) -> None:
@@ -241,114 +293,3 @@ def _warn(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Warning:  # python -W error
         print(message, file=sys.stderr)
-
-
-def _watch(framework: Framework) -> bool:
-    """Wait for the framework's triggers; whether one of them has been loaded already."""
-    for trigger in framework.triggers:
-        _watcher().pending[trigger] = framework.name
-        module = sys.modules.get(trigger)
-        if module is not None and _is_loading(module):  # it is importing torch at this very moment
-            _call_when_loaded(module.__spec__, partial(_patch, framework.name))
-    return any(loaded(trigger) for trigger in framework.triggers)
-
-
-def _watcher() -> _Watcher:
-    for finder in sys.meta_path:
-        if isinstance(finder, _Watcher):
-            return finder
-    watcher = _Watcher()
-    sys.meta_path.insert(0, watcher)
-    return watcher
-
-
-def _pending() -> dict[str, str]:
-    return next((finder.pending for finder in sys.meta_path if isinstance(finder, _Watcher)), {})
-
-
-class _Watcher:
-    """A finder that finds nothing by itself: it marks the specs of the modules that are waited for.
-
-    Attributes:
-        pending: trigger → the framework's name. A trigger stays in it, since a module can be imported again.
-    """
-
-    def __init__(self) -> None:
-        self.pending: dict[str, str] = {}
-        self._searches: set[tuple[int, str]] = set()
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        search = (get_ident(), fullname)
-        if fullname not in self.pending or search in self._searches:  # other finders delegate like this one
-            return None
-        self._searches.add(search)
-        try:
-            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-            found = (finder.find_spec(fullname, path, target) for finder in finders)
-            spec = next((spec for spec in found if spec is not None), None)
-        finally:
-            self._searches.discard(search)
-        if spec is not None:
-            name = self.pending[fullname]
-            try:
-                (_call_when_loaded if target is None else _call_when_reloaded)(spec, partial(_patch, name))
-            except Exception as error:  # a spec of somebody else's making
-                _give_up(name, error)
-        return spec
-
-
-class _WatchedSpec(ModuleSpec):
-    """A spec that tells when its module has been loaded.
-
-    The import system sets ``_initializing`` to True before and to False after a module is executed, by whichever
-    loader. That is also the only sign that a module gives whose execution had begun before it was watched.
-    """
-
-    on_loaded: Callable[[], None] | None = None
-
-    @property
-    def _initializing(self) -> bool:
-        return bool(self.__dict__.get("_initializing", False))
-
-    @_initializing.setter
-    def _initializing(self, value: bool) -> None:
-        on_loaded = self.on_loaded
-        if self._initializing and not value and on_loaded is not None:
-            self.on_loaded = None
-            if self.name in sys.modules:  # a module that failed to load is gone by now
-                on_loaded()  # before the flag falls: other threads wait for it
-        self.__dict__["_initializing"] = value
-
-
-def _is_loading(module: ModuleType) -> bool:
-    spec = getattr(module, "__spec__", None)
-    if isinstance(spec, _WatchedSpec) and spec.on_loaded is None:
-        return False
-    return bool(getattr(spec, "_initializing", False))
-
-
-def _call_when_loaded(spec: ModuleSpec | None, on_loaded: Callable[[], None]) -> None:
-    if spec is not None:
-        spec.__class__ = _WatchedSpec
-        spec.on_loaded = on_loaded  # type: ignore[attr-defined]
-
-
-def _call_when_reloaded(spec: ModuleSpec, on_loaded: Callable[[], None]) -> None:
-    """As above for importlib.reload, which executes the module anew and leaves ``_initializing`` alone."""
-    loader = spec.loader
-    execute = loader.exec_module  # type: ignore[union-attr]
-
-    def execute_and_call(module: ModuleType) -> None:
-        del loader.exec_module  # type: ignore[union-attr]
-        execute(module)
-        on_loaded()
-
-    loader.exec_module = execute_and_call  # type: ignore[union-attr, method-assign]
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version's release segment: "1.0.12.post1" → (1, 0, 12)."""
-    release = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(number) for number in release.group().split(".")) if release else ()

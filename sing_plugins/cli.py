@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(chosen: argparse.Namespace) -> list[str]:
     importlib.import_module("torch")  # as in any program, this is what starts autoload
     failed = {}
-    for framework in autoload.FRAMEWORKS.values():
-        if chosen.imports and framework.installed() is not None:
+    for library in (*autoload.FRAMEWORKS.values(), *autoload.LIBRARIES.values()):
+        if chosen.imports and library.installed() is not None:
             try:
-                for trigger in framework.triggers:
-                    importlib.import_module(trigger)
+                for module in library.modules:
+                    importlib.import_module(module)
             except Exception as error:
-                failed[framework.name] = f"{framework.name} cannot be imported: {type(error).__name__}: {error}"
+                failed[library.name] = f"{module} cannot be imported: {type(error).__name__}: {error}"
     header = ("framework", "installed", "supported", "active", "why")
     rows = []
     for state in autoload.status():

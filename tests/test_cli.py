@@ -76,10 +76,42 @@ def test_status_says_that_autoload_is_off(switch: str) -> None:
 def test_status_can_import_the_frameworks_and_tell_what_went_wrong(tmp_path: Path) -> None:
     (tmp_path / "sing_timm.py").write_text("raise ImportError('half an installation')\n")
     (tmp_path / "hydra.py").write_text("raise ImportError('two\\nlines')\n")
+    (tmp_path / "sing_accelerate.py").write_text("raise ImportError('no adapter')\n")
     table = status(COMMAND, "status", "--import", PYTHONPATH=str(tmp_path))
     assert table["transformers"][2:] == ["yes", "registered"]
-    assert table["fairseq"][2:] == ["no", "fairseq cannot be imported: ImportError: two lines"]
+    assert table["fairseq"][2:] == ["no", "fairseq.optim cannot be imported: ImportError: two lines"]
     assert table["timm"][2:] == ["no", "ImportError: half an installation"]
+    assert table["accelerate"][2:] == ["no", "sing_accelerate cannot be imported: ImportError: no adapter"]
+
+
+# Before the command looks, a finder like that of typeguard's import hook comes in front of ours, which stays away from
+# one framework; the other is registered before and reloaded, which nothing tells of.
+PAST = """
+import importlib, sys, torch
+from importlib.machinery import PathFinder
+from sing_plugins.cli import main
+class Past:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, path, target) if name.partition(".")[0] in ("timm", "transformers") else None
+sys.meta_path.insert(0, Past)
+import timm.optim._optim_factory as factory
+sys.meta_path.insert(0, sys.meta_path.pop(sys.meta_path.index(Past)))
+importlib.reload(factory)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "--import"]], ids=" ".join)
+def test_status_tells_what_another_import_hook_has_hidden(arguments: list[str]) -> None:
+    table = status(sys.executable, "-c", PAST, *arguments)
+    _, _, active, why = table["timm"]
+    assert active == "no"
+    assert "imported, but past SING's import hook" in why
+    assert 'sing_plugins.enable("timm")' in why
+    told = "registered" if "--import" in arguments else "will be registered when transformers is imported"
+    assert table["transformers"][2:] == ["yes", told]
+    assert table["accelerate"][2:] == ["yes", "no names to register: import sing_accelerate"]
 
 
 def test_names_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:

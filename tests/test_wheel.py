@@ -19,10 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from sing_plugins.autoload import FRAMEWORKS
+from sing_plugins.autoload import FRAMEWORKS as BY_NAME_FRAMEWORKS
+from sing_plugins.autoload import LIBRARIES
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"sing_plugins", "sing_transformers", "sing_timm", "sing_fairseq", "sing_accelerate"}
+PACKAGES = {"sing_plugins", "sing_torch_entry_point"}
+PACKAGES |= {"sing_transformers", "sing_timm", "sing_fairseq", "sing_accelerate"}
+FRAMEWORKS = {**BY_NAME_FRAMEWORKS, **LIBRARIES}
 # What a framework's own by-name path cannot do without.
 NEEDS = {"transformers": {"accelerate"}}
 
@@ -105,7 +108,7 @@ def test_the_wheel_says_what_it_needs_and_how_it_is_started(wheel: Path) -> None
     assert [need.partition(">")[0] for need in always] == ["torch"]
     assert {*FRAMEWORKS, "recipes", "dev", "all"} <= set(about.get_all("Provides-Extra"))
     entries = zipfile.ZipFile(wheel).read(files["entry_points.txt"]).decode().split("\n")
-    assert {"sing_plugins = sing_plugins.autoload:install", "sing-plugins = sing_plugins.cli:main"} <= set(entries)
+    assert {"sing_plugins = sing_torch_entry_point:install", "sing-plugins = sing_plugins.cli:main"} <= set(entries)
 
 
 # What a user's script says and our name is not in it, but for Accelerate, which has no names.
