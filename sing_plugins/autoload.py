@@ -252,7 +252,9 @@ def _verify() -> None:
         framework = FRAMEWORKS[name]
         asked = _asked(*framework.misreads) if framework.misreads else None
         if asked is not None:
-            if _loaded(framework):
+            if _is_registered(framework):
+                _problems.setdefault(name, f"another {name} than the one in which SING is registered is in use")
+            elif _loaded(framework):
                 _patch(name)  # too late for this one
             raise RuntimeError(_explain(framework, asked))
 

@@ -826,6 +826,22 @@ timm.optim.create_optimizer_v2 = other.create_optimizer_v2
 said = refusal("sing_adamw")
 assert "the name 'sing_adamw'" in said, said
 assert build("adamw") == "torch.optim.adamw.AdamW"
+assert "SING" in refusal("sing_adamw")
+""")
+
+
+def test_a_timm_that_is_imported_anew_never_makes_adamw_of_our_names() -> None:
+    """It knows them, or else status says why not, and each use is an error."""
+    run(f"""
+import sys, torch, timm.optim
+{BUILD}
+from sing_plugins.autoload import status
+for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+    del sys.modules[name]
+for _ in range(2):
+    said = refusal("sing_adamw")
+    active = {{each.framework: each for each in status()}}["timm"].active
+    assert (said == "trains with sing_plugins.optimizer.SING") if active else "in use" in said, said
 """)
 
 
