@@ -1,91 +1,17 @@
-"""What is refused, and with which words: hyper-parameters, gradients, and parameters that are pieces of a tensor."""
+"""What is refused, and with which words: gradients, state dicts, and optimizers that cannot be wrapped."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sing_plugins.standardize import is_dtensor
+from sing_plugins.lookahead import SLOW
 
 ParamGroup = dict[str, Any]
-
-# With torch 2.9 sharded norms are off and Adafactor's factored moments become NaN without an error; 2.10 to 2.13 were
-# not tested.
-DTENSOR_SINCE = (2, 14)
-
-
-def _real(low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> Callable[[Any], bool]:
-    def accepts(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return (low < value if open_low else low <= value) and value < high
-
-    return accepts
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_real(0.0, 1.0), value))
-
-
-def _learning_rate(value: Any) -> bool:
-    return value.dim() == 0 and bool(value >= 0) if isinstance(value, Tensor) else _real()(value)
-
-
-def _fraction(value: Any) -> bool:
-    return _real(0.0, 1.0, open_low=True)(value) or (value == 1 and not isinstance(value, bool))
-
-
-def _or_none(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or accepts(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-# hyper-parameter: (the values that are accepted, the same in words)
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_learning_rate, "a finite number >= 0 or a 0-d tensor (Tensor lr must be 1-element)"),
-    "betas": (_pair, "two numbers in [0, 1)"),
-    "eps": (_real(open_low=True), "a finite number > 0"),
-    "norm_eps": (_real(open_low=True), "a finite number > 0"),
-    "weight_decay": (_real(), "a finite number >= 0"),
-    "momentum": (_real(0.0, 1.0), "a number in [0, 1)"),
-    "nesterov": (_flag, "True or False"),
-    "decay_rate": (_real(open_low=True), "a finite number > 0"),
-    "clip_threshold": (_real(open_low=True), "a finite number > 0"),
-    "softplus_beta": (_or_none(_real(open_low=True)), "a finite number > 0, or None to switch softplus off"),
-    "centralize": (_flag, "True or False"),
-    "normalize": (_flag, "True or False"),
-    "centralize_rows_of_one": (_flag, "True or False"),
-    "decay_all": (_flag, "True or False"),
-    "lookahead_k": (_or_none(_count), "a whole number of steps >= 1, or None to switch Lookahead off"),
-    "lookahead_alpha": (_fraction, "a number in (0, 1]"),
-    "maximize": (_flag, "True or False"),
-    "foreach": (_or_none(_flag), "True, False or None (choose the faster)"),
-}
-
-
-def check_options(options: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise for the first hyper-parameter with a value that is not accepted; names without a check pass.
-
-    Raises:
-        ValueError: names the argument, its value and what is accepted.
-    """
-    for name, (accepts, words) in CHECKS.items():
-        if prefix + name in options and not accepts(options[prefix + name]):
-            value = options[prefix + name]
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else value
-            raise ValueError(f"Invalid {name}: {shown!r}. Accepted: {words}.")
 
 
 def check_gradient(grad: Tensor) -> None:
@@ -106,17 +32,18 @@ def check_gradient(grad: Tensor) -> None:
         )
 
 
-def check_saved_by(saved: str | None, host: str) -> None:
+def check_saved_by(saved: str | None, host: str, *aliases: str) -> None:
     """Raise for a state dict that another optimizer has saved.
 
     Args:
         saved: the host in the state dict, None if it is not one of SING's.
         host: the host of the optimizer that loads it.
+        aliases: what the host was called in state dicts of earlier versions.
 
     Raises:
         ValueError: they differ.
     """
-    if saved != host:
+    if saved not in (host, *aliases):
         whose = f"SING with the host {saved!r}" if saved else "an optimizer without SING"
         raise ValueError(
             f"Invalid state_dict: it was saved by {whose}, but this is SING with the host {host!r}. Load it into what "
@@ -124,60 +51,39 @@ def check_saved_by(saved: str | None, host: str) -> None:
         )
 
 
-class WholeTensors:
-    """Guards an optimizer against parameters that are flat pieces of tensors: their norm would silently be wrong.
+def check_saved_state(
+    state_dict: Mapping[str, Any],
+    groups: list[ParamGroup],
+    needed: Callable[[Tensor, ParamGroup], Mapping[str, torch.Size]],
+) -> None:
+    """Raise for a state that is not the parameters' own: truncated, with too much, or of other shapes.
 
-    FSDP1 and ZeRO-3 mark the pieces. ZeRO-1 and ZeRO-2 only put a flat partition in the place of a group's
-    parameters, so the shapes that were declared are kept and compared once, before the next step.
+    Args:
+        state_dict: what is loaded; torch compares the numbers of its groups and parameters.
+        groups: the param groups of the optimizer that loads it.
+        needed: the tensors, and their shapes, that the state of a parameter of a group has once it has made a step.
+
+    Raises:
+        ValueError: says which parameter's state it is, and what is wrong with it.
     """
-
-    _declared: list[list[torch.Size]]
-    _checked: bool
-
-    def declare(self, groups: Iterable[ParamGroup]) -> None:
-        self._declared = [[param.shape for param in group["params"]] for group in groups]
-        self._checked = False
-
-    def check_whole(self, groups: list[ParamGroup]) -> None:
-        """Raise if a parameter is not the whole tensor that it was, is a piece of it, or is sharded by an old torch.
-
-        Raises:
-            RuntimeError: says which sharding was found and what works instead.
-        """
-        if self._checked:
-            return
-        params = [param for group in groups for param in group["params"]]
-        flattened = [param for param in params if getattr(param, "_fsdp_flattened", False)]
-        if any(getattr(param, "_is_flat_param", False) for param in params) or (
-            flattened and all(param.dim() < 2 for param in flattened)  # NO_SHARD has the mark but whole shapes
-        ):
-            raise RuntimeError(_SHARDED.format("FullyShardedDataParallel (FSDP1)"))
-        if any(hasattr(param, "ds_id") for param in params):
-            raise RuntimeError(_SHARDED.format("DeepSpeed ZeRO-3"))
-        if any(map(is_dtensor, params)) and _torch_release() < DTENSOR_SINCE:
-            raise RuntimeError(
-                f"SING is right on sharded tensors (DTensor) with torch {'.'.join(map(str, DTENSOR_SINCE))} and later, "
-                f"but torch {torch.__version__} is installed, whose arithmetic on them is wrong or was not tested. "
-                "Update torch, or use DDP or ZeroRedundancyOptimizer."
-            )
-        shapes = [[param.shape for param in group["params"]] for group in groups]
-        if shapes != self._declared:
-            raise RuntimeError(
-                _SHARDED.format("something that replaced the optimizer's parameters (DeepSpeed ZeRO-1/2 does)")
-                + " To add parameters, use add_param_group."
-            )
-        self._checked = True
-
-
-def _torch_release() -> tuple[int, ...]:
-    return tuple(int(number) for number in torch.__version__.split(".")[:2])
-
-
-_SHARDED = (
-    "SING needs whole tensors: it divides each tensor's gradient by the norm of that tensor, but the parameters here "
-    "are flat pieces made by {}. Training on would silently be wrong. Use DDP, FSDP2 (fully_shard; in Accelerate and "
-    "Trainer fsdp_version 2), ZeroRedundancyOptimizer, or FSDP1 with NO_SHARD and use_orig_params=True."
-)
+    saved, known = state_dict["state"], set()
+    for saved_group, group in zip(state_dict["param_groups"], groups, strict=False):
+        for key, param in zip(saved_group["params"], group["params"], strict=False):
+            known.add(key)
+            state = saved.get(key, {})
+            shapes = {**needed(param, group), SLOW: param.shape} if set(state) - {SLOW} else {SLOW: param.shape}
+            for name, shape in shapes.items():
+                if name not in state and name != SLOW:
+                    raise ValueError(f"Invalid state_dict: the state of parameter {key} lacks {name!r}.")
+                if name in state and getattr(state[name], "shape", shape) != shape:
+                    raise ValueError(
+                        f"Invalid state_dict: {name} of parameter {key} has the shape {tuple(state[name].shape)}, but "
+                        f"{tuple(shape)} belongs to this optimizer's parameter, of shape {tuple(param.shape)}."
+                    )
+    known.update(key for group in state_dict["param_groups"] for key in group["params"])
+    if set(saved) - known:
+        surplus = sorted(map(str, set(saved) - known))
+        raise ValueError(f"Invalid state_dict: it has states of parameters that are in no group: {surplus[:3]}.")
 
 
 def check_wrappable(optimizer: object) -> None:
@@ -203,7 +109,7 @@ def _requires_closure(optimizer: Optimizer) -> bool:
 
 
 _UNWRAPPABLE: dict[str, Callable[[Optimizer], bool]] = {
-    "it already standardizes gradients": lambda o: isinstance(o, WholeTensors),
+    "it already standardizes gradients": lambda o: getattr(o, "standardizes_gradients", False),
     "its step calls the closure by itself, so it would see gradients that are not standardized": _requires_closure,
     "it wants sparse gradients": lambda o: isinstance(o, torch.optim.SparseAdam),
     "it takes the gradient during backward": lambda o: hasattr(o, "fused_backward") or hasattr(o, "optimizer_dict"),

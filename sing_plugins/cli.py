@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = groups.add_mutually_exclusive_group(required=True)
     model.add_argument("--timm", metavar="MODEL", help="a model name of timm's, such as resnet18")
     model.add_argument("--transformers", metavar="MODEL", help="a folder or a file with a config, or a type: bert")
-    groups.add_argument("--freeze", default="layernorm", help="layernorm (default), norm or none")
+    groups.add_argument("--freeze", default="default", help="default, layernorm, norm or none")
     groups.add_argument("--weight-decay", type=float, default=0.05, help="default: %(default)s")
     groups.set_defaults(run=_groups)
 
@@ -76,14 +76,14 @@ def _names(_: argparse.Namespace) -> list[str]:
 
 
 def _groups(chosen: argparse.Namespace) -> list[str]:
-    from sing_plugins.groups import exempt_from_decay, freeze_parameters
+    from sing_plugins.groups import choose, exempt_from_decay
 
     model, skipped = _from_timm(chosen.timm) if chosen.timm else _from_transformers(chosen.transformers)
-    frozen = set(freeze_parameters(model, chosen.freeze))
-    exempt = set(exempt_from_decay(model, skipped))
+    frozen = {owned.parameter for owned in choose(model, chosen.freeze).frozen}
+    exempt = exempt_from_decay(model, skipped)
     rows, counts = [], dict.fromkeys(("frozen", "decayed", "not decayed"), (0, 0))
     for name, parameter in model.named_parameters():
-        group = "frozen" if name in frozen else "not decayed" if name in exempt else "decayed"
+        group = "frozen" if parameter in frozen else "not decayed" if parameter in exempt else "decayed"
         counts[group] = counts[group][0] + 1, counts[group][1] + parameter.numel()
         rate = {"decayed": f"{chosen.weight_decay:g}", "not decayed": "0"}.get(group, "-")
         rows.append((name, "×".join(map(str, parameter.shape)) or "scalar", group, rate))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import distributed
@@ -32,41 +31,48 @@ def say(message: str, *, level: int = logging.WARNING, once: bool = False) -> No
     logger.log(level, "SING: %s", message)
 
 
-def hint_learning_rate(options: Mapping[str, Any], framework_default: float | None = None) -> None:
-    """Say so, once, when the learning rate is a framework's untouched default or looks like AdamW's.
+def hint_learning_rate(lr: Any, host: str, *, softplus: bool, framework_default: float | None = None) -> None:
+    """Say so, once, when the learning rate is a framework's untouched default or, with softplus, looks like AdamW's.
 
     Args:
-        options: the optimizer's; ``lr``, and ``softplus_beta``, without which AdamW's learning rate is right.
+        lr: the optimizer's; None where it finds its own, as timm's Adafactor does.
+        host: the host's name.
+        softplus: whether softplus is on; without, the learning rate of the host alone is right.
         framework_default: the learning rate that the framework takes when nothing is asked for.
     """
-    if options["lr"] is None:  # timm's Adafactor finds its own
+    if lr is None:
         return
-    lr, has_softplus = float(options["lr"]), options.get("softplus_beta", 50.0) is not None
+    lr = float(lr)
     advice = (
         "SING usually wants about ten times AdamW's best lr (and a tenth of its weight decay): the paper used 5e-3 to "
         "1e-1 from scratch and 2e-4 to 8e-4 for fine-tuning."
-        if has_softplus
-        else "SING without softplus usually wants about AdamW's best lr."
+        if softplus
+        else f"SING without softplus usually wants about the best lr of {host} alone."
     )
     if framework_default is not None and lr == framework_default:
         say(f"lr={lr:g} is the framework's default. {advice}", once=True)
-    elif has_softplus and (0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY):
+    elif softplus and (0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY):
         say(f"lr={lr:g} looks like a learning rate of AdamW. {advice}", once=True)
 
 
-def hint_clipping(argument: str, value: float | None) -> None:
-    """Say so, once, when gradient clipping is on: normalization cancels it (paper D.1).
+def hint_clipping(argument: str, value: float) -> None:
+    """Say once what gradient clipping does to normalized gradients (paper D.1).
 
     Args:
         argument: the framework's name for the threshold, such as ``max_grad_norm``.
-        value: the threshold; None or 0 means no clipping.
+        value: the threshold that the user set; 0 means no clipping.
     """
     if value:
-        say(f"{argument}={value:g} clips gradients, which has no effect on SING (harmless; paper D.1).", once=True)
+        say(
+            f"{argument}={value:g} clips gradients, which normalization undoes (paper D.1): only tensors whose clipped "
+            "gradient is about as small as eps, such as the bias of attention's keys, take other steps.",
+            once=True,
+        )
 
 
 def _rank() -> int:
     """This process's rank in its job; where the framework spawns the processes, only torch.distributed has it."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0

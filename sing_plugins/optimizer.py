@@ -1,29 +1,29 @@
-"""The SING optimizer: checks, state, the skeleton of a step, Lookahead."""
+"""The SING optimizer: its param groups, its state, and the update of one batch of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
-from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options, check_saved_by
+from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state
 from sing_plugins.hosts import HOSTS
-from sing_plugins.standardize import is_dtensor, standardize, working_dtype
+from sing_plugins.lookahead import copy_into
+from sing_plugins.options import check_options, plain
+from sing_plugins.standardize import working_dtype
+from sing_plugins.step import Batch, Standardizing
 
 # The options that only some hosts have; None in the constructor stands for the host's own default.
-HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.defaults})
+HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
 
 # Param group keys of the optimizer file published with the paper -> ours.
 PAPER_KEYS = {"grad_central": "centralize", "grad_norm": "normalize", "la_alpha": "lookahead_alpha"}
 
 
-class SING(WholeTensors, Optimizer):
+class SING(Standardizing):
     """Standardize every tensor's gradient, then update with a host optimizer (paper, Algorithm 2).
 
     A step centralizes each gradient (φ), divides it by its norm (Γ), decays the weights, lets the host update them
@@ -33,8 +33,8 @@ class SING(WholeTensors, Optimizer):
 
     Args:
         params: parameters, named parameters or param groups; read once, so generators are fine.
-        lr: learning rate, a float or a 0-d tensor. Usually ten times AdamW's best: the highest that is stable
-            (paper C.2). Default 5e-3.
+        lr: learning rate, a number or a tensor of one element. Usually ten times AdamW's best: the highest that is
+            stable (paper C.2). Default 5e-3.
         betas: decay rates of the first and second moment, for the hosts adamw and adabelief. Default (0.9, 0.999).
         eps: added to the gradient's norm (paper, below equation 3); also to the host's denominator where softplus is
             off, and by adabelief to its variance. Default 1e-8.
@@ -117,6 +117,7 @@ class SING(WholeTensors, Optimizer):
             "decay_all": decay_all,
             **_host_options(host, {name: value for name, value in given.items() if value is not None}),
         }
+        defaults = {name: plain(value) for name, value in defaults.items()}
         _check_group(defaults, host)
         super().__init__(params, defaults)
 
@@ -125,16 +126,11 @@ class SING(WholeTensors, Optimizer):
         """The name of the host optimizer."""
         return str(self.defaults["host"])
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a param group; its own hyper-parameters are checked like the constructor's.
-
-        Raises:
-            ValueError: as the constructor, before anything is changed.
-        """
+    def _add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):
+            param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
             _check_group({**self.defaults, **param_group}, self.host)
-        super().add_param_group(param_group)
-        self.declare(self.param_groups)
+        super(Standardizing, self).add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -144,8 +140,7 @@ class SING(WholeTensors, Optimizer):
                 group.setdefault(name, value)
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
-                values["step"] = torch.tensor(float(values["step"]))
-        self.declare(self.param_groups)
+                values["step"] = _counter(values["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SING with the same host, or of the optimizer file published with the paper.
@@ -154,12 +149,30 @@ class SING(WholeTensors, Optimizer):
 
         Raises:
             ValueError: the state dict is another host's or another optimizer's, whose moments are those of gradients
-                that were not standardized. Nothing is changed then.
+                that were not standardized; or it is truncated or another model's. Nothing is changed then.
         """
-        for group in state_dict["param_groups"]:
-            check_saved_by("adamw" if "grad_central" in group else group.get("host"), self.host)
-        super().load_state_dict(state_dict)
-        self._restore_precision(state_dict)
+        accepted: dict[str, Any] = {}
+
+        def check(_: object, hooked: dict[str, Any]) -> None:
+            for group in hooked["param_groups"]:
+                check_saved_by("adamw" if "grad_central" in group else group.get("host"), self.host)
+            check_saved_state(hooked, self.param_groups, self._needed)
+            accepted.update(hooked)
+
+        # After the user's own hooks, which may convert what they load, and before those that look at what was loaded.
+        last = self.register_load_state_dict_pre_hook(check)
+        first = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(accepted), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _needed(self, param: Tensor, group: ParamGroup) -> dict[str, torch.Size]:
+        """The tensors of a parameter's state and their shapes, once it has made a step."""
+        weight = torch.empty(param.shape, device="meta")
+        state = {"step": _counter(0), **HOSTS[self.host].init_state(weight, group)}
+        return {name: value.shape for name, value in state.items()}
 
     def _restore_precision(self, state_dict: dict[str, Any]) -> None:
         """Optimizer.load_state_dict casts state to the parameter's dtype: take float32 state as it was saved."""
@@ -172,49 +185,11 @@ class SING(WholeTensors, Optimizer):
                 if isinstance(value, Tensor) and key != "step":
                     self.state[param][key] = value.to(param.device, working_dtype(param), copy=True)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _slow_weight(self, param: Tensor) -> Tensor:
+        return param.to(working_dtype(param), copy=True)
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            RuntimeError: sparse or complex gradients, or sharded parameters; no parameter has been changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.check_whole(self.param_groups)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    check_gradient(param.grad)
-        for group in self.param_groups:
-            merge = count_lookahead_step(group)
-            for params in _batches(group):
-                self._update(params, group, merge)
-        return loss
-
-    def _update(self, params: list[Tensor], group: ParamGroup, merge: bool) -> None:
-        """One step for tensors of one device and dtype."""
-        grads = standardize(
-            [param.grad for param in params if param.grad is not None],
-            centralize=group["centralize"],
-            normalize=group["normalize"],
-            eps=group["eps"],
-            rows_of_one=group["centralize_rows_of_one"],
-        )
+    def _update(self, params: Batch, group: ParamGroup) -> None:
+        grads = self._standardized(params, group)
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         low_precision = working_dtype(params[0]) != params[0].dtype
@@ -231,58 +206,18 @@ class SING(WholeTensors, Optimizer):
         HOSTS[group["host"]].update(weights, grads, states, {**group, "lr": lr})
         if low_precision:
             copy_into(params, weights)
-        if merge:
-            lookahead_merge(params, [state["lookahead_params"] for state in states], group["lookahead_alpha"])
 
     def _state(self, param: Tensor, weight: Tensor, group: ParamGroup) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = _counter(0)
             state.update(HOSTS[group["host"]].init_state(weight, group))
-        if group["lookahead_k"] is not None and "lookahead_params" not in state:
-            state["lookahead_params"] = weight.clone()
         return state
 
 
-def count_lookahead_step(group: ParamGroup, prefix: str = "") -> bool:
-    """Count a step of the group's Lookahead cycle (Zhang et al. 2019); whether its slow weights are merged now."""
-    period = group[prefix + "lookahead_k"]
-    if period is None:
-        return False
-    group[prefix + "lookahead_step"] += 1
-    if group[prefix + "lookahead_step"] < period:
-        return False
-    group[prefix + "lookahead_step"] = 0
-    return True
-
-
-def lookahead_merge(params: list[Tensor], slow: list[Tensor], alpha: float) -> None:
-    """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place."""
-    torch._foreach_lerp_(slow, [p.to(s.dtype) for p, s in zip(params, slow, strict=True)], alpha)
-    copy_into(params, slow)
-
-
-def copy_into(params: list[Tensor], values: list[Tensor]) -> None:
-    """``p ← value``, in place, whatever their dtypes."""
-    if is_dtensor(params[0]):  # has no multi-tensor copy
-        for param, value in zip(params, values, strict=True):
-            param.copy_(value)
-    else:
-        torch._foreach_copy_(params, values)
-
-
-def _batches(group: ParamGroup) -> Iterator[list[Tensor]]:
-    """The group's parameters that have a gradient with entries, in lists that one multi-tensor call can take."""
-    params = [param for param in group["params"] if param.grad is not None and param.numel()]
-    batches: dict[object, list[Tensor]] = {}
-    for position, param in enumerate(params):
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = param.device.type in _get_foreach_kernels_supported_devices()
-        mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
-        key = (param.device, param.dtype, mesh) if foreach else position
-        batches.setdefault(key, []).append(param)
-    yield from batches.values()
+def _counter(step: float) -> Tensor:
+    # Whatever the default dtype and device of the script: bfloat16 counts to 256.
+    return torch.tensor(float(step), dtype=torch.float32, device="cpu")
 
 
 def _host_options(host: object, given: ParamGroup) -> ParamGroup:
@@ -290,9 +225,10 @@ def _host_options(host: object, given: ParamGroup) -> ParamGroup:
     if not isinstance(host, str) or host not in HOSTS:
         raise ValueError(f"Invalid host: {host!r}. Accepted: {', '.join(HOSTS)}; for any other use sing_plugins.wrap.")
     for name in given:
-        if name not in HOSTS[host].defaults:
-            having = ", ".join(other for other in HOSTS if name in HOSTS[other].defaults)
+        if name not in HOSTS[host].options:
+            having = ", ".join(other for other in HOSTS if name in HOSTS[other].options)
             raise ValueError(f"Invalid {name}: {given[name]!r}. The host {host!r} has no {name} ({having} have it).")
+    given = {name: value for name, value in given.items() if value or name not in HOSTS[host].without_default}
     return {**HOSTS[host].defaults, **given}
 
 

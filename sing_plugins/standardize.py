@@ -7,6 +7,7 @@ nowhere else. Source: equations 2 and 3 and Algorithm 2 of "SING: A Plug-and-Pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -80,12 +81,29 @@ def standardize(
     standardized = []
     for original in grads:
         grad = original.to(working_dtype(original))
-        if centralize:
-            grad = _centralize(grad, rows_of_one)
+        centred = _centralize(grad, rows_of_one) if centralize else grad
         if normalize:
-            grad = grad / (norm(grad) + eps)
-        standardized.append(sharded_like(original, grad))
+            length = norm(centred)
+            if _overflows(length):
+                # The sum of the squares is beyond the dtype, or the sums of the means are: that of 1e20 in float32.
+                scale = _largest(grad)
+                centred = _centralize(grad / scale, rows_of_one) if centralize else grad / scale
+                centred = centred / (norm(centred) + eps / scale)
+            else:
+                centred = centred / (length + eps)
+        standardized.append(sharded_like(original, centred))
     return standardized
+
+
+def _overflows(length: Tensor) -> bool:
+    """Whether a norm on the CPU is infinite or NaN; to look at it on an accelerator would cost a synchronization."""
+    return length.device.type == "cpu" and not is_dtensor(length) and not math.isfinite(length.item())
+
+
+def _largest(grad: Tensor) -> Tensor:
+    """The largest finite magnitude to scale by; 1 where an entry is infinite or NaN, which no scale would mend."""
+    largest = grad.abs().amax()
+    return largest if largest.isfinite() else torch.ones_like(largest)
 
 
 def sharded_like(original: Tensor, result: Tensor) -> Tensor:

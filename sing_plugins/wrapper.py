@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sing_plugins.checks import ParamGroup, WholeTensors, check_gradient, check_options, check_saved_by, check_wrappable
-from sing_plugins.optimizer import count_lookahead_step, lookahead_merge
-from sing_plugins.standardize import standardize
+from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state, check_wrappable
+from sing_plugins.options import check_options, plain
+from sing_plugins.step import Live, Standardizing
 
 PREFIX = "sing_"  # our keys in the param groups that we share with the host
 
@@ -54,19 +52,31 @@ def wrap(
         "lookahead_alpha": lookahead_alpha,
         "centralize_rows_of_one": centralize_rows_of_one,
     }
+    options = {name: plain(value) for name, value in options.items()}
     check_options(options)
-    options |= {"lookahead_step": 0, "host": type(optimizer).__name__}
+    options |= {"lookahead_step": 0, "host": _identity(optimizer)}
     return Wrapped(optimizer, {PREFIX + name: value for name, value in options.items()})
 
 
-class Wrapped(WholeTensors, Optimizer):
+def _identity(host: Optimizer) -> str:
+    """A host's class and the package that it comes from: other packages have other optimizers of the same name."""
+    package, is_package, _ = type(host).__module__.partition(".")
+    return f"{package}.{type(host).__name__}" if is_package else type(host).__name__
+
+
+class Wrapped(Standardizing):
     """An optimizer behind standardization and Lookahead; made by :func:`wrap`.
+
+    torch's global step hooks and those of this optimizer see it step, with the user's gradients; hooks that were
+    registered on the host itself see the host step, with standardized ones.
 
     Attributes:
         host: the optimizer that was wrapped. ``param_groups`` and ``state`` are the host's own.
     """
 
     host: Optimizer
+    _prefix = PREFIX
+    _eps = PREFIX + "norm_eps"
 
     def __init__(self, host: Optimizer, options: ParamGroup) -> None:
         # What Optimizer.__init__ would build belongs to the host; the rest is what unpickling builds.
@@ -89,7 +99,7 @@ class Wrapped(WholeTensors, Optimizer):
         self.host.state = state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": self.host, "defaults": self.defaults}
+        return {"host": self.host, "defaults": self.defaults, "_whole": self._whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -103,15 +113,12 @@ class Wrapped(WholeTensors, Optimizer):
             for name, value in self.defaults.items():
                 if name.startswith(PREFIX):
                     group.setdefault(name, value)
-        self.declare(self.param_groups)
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a param group to the host; keys with the prefix ``sing_`` override the options of :func:`wrap`.
-
-        Raises:
-            ValueError: an option that is not accepted, before anything is changed.
-        """
+    def _add_param_group(self, param_group: ParamGroup) -> None:
+        # Keys with our prefix override the options of `wrap`.
         if isinstance(param_group, dict):
+            ours = [name for name in param_group if name.startswith(PREFIX)]
+            param_group.update({name: plain(param_group[name]) for name in ours})
             check_options({**self.defaults, **param_group}, PREFIX)
         self.host.add_param_group(param_group)
         self._complete_groups()
@@ -129,82 +136,51 @@ class Wrapped(WholeTensors, Optimizer):
         """Load a state dict that a wrapped optimizer of the same class has saved.
 
         Raises:
-            ValueError: another optimizer has saved it, or the host without SING. Nothing is changed then.
+            ValueError: another optimizer has saved it, or the host without SING, or it is truncated or another model's.
+                Nothing is changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
-            check_saved_by(group.get(PREFIX + "host"), self.defaults[PREFIX + "host"])
+            check_saved_by(group.get(PREFIX + "host"), self.defaults[PREFIX + "host"], type(self.host).__name__)
+        check_saved_state(state_dict, self.param_groups, lambda param, group: {})  # the rest is the host's to know
         self.host.load_state_dict(state_dict)
+        for group in self.param_groups:
+            group[PREFIX + "host"] = self.defaults[PREFIX + "host"]
         self._complete_groups()
+        self._lookahead.trust(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Let the host update with standardized gradients; ``p.grad`` is what it was afterwards.
-
-        Args:
-            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            RuntimeError: as :meth:`sing_plugins.SING.step`.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.check_whole(self.param_groups)
-        grads = {param: param.grad for group in self.param_groups for param in group["params"]}
-        grads = {param: grad for param, grad in grads.items() if grad is not None}
-        for grad in grads.values():
-            check_gradient(grad)
-        first_weights = {
-            param: param.clone()
-            for group in self.param_groups
-            if group[PREFIX + "lookahead_k"] is not None
-            for param in group["params"]
-            if param in grads and "lookahead_params" not in self.state.get(param, {})
-        }
+    def _step_host(self, live: Live) -> None:
+        grads = {}
         try:
-            for group in self.param_groups:
-                _substitute([param for param in group["params"] if param in grads], group)
-            self.host.step()
+            for group, batches in live:
+                for batch in batches:
+                    for param, grad in zip(batch, self._standardized(batch, group), strict=True):
+                        grads[param] = param.grad
+                        substitute = grad.to(param.dtype)
+                        # Some hosts clip in place, which must not reach what standardization left as it was.
+                        param.grad = substitute.clone() if substitute is param.grad else substitute
+            _step(self.host)
         finally:
-            for param, grad in grads.items():
-                param.grad = grad
-        # Only now: hosts take an empty state for a parameter that they have not seen.
-        for param, weight in first_weights.items():
-            self.state[param]["lookahead_params"] = weight
-        for group in self.param_groups:
-            if count_lookahead_step(group, PREFIX):
-                for param in group["params"]:
-                    if param in grads:
-                        slow = self.state[param]["lookahead_params"]
-                        lookahead_merge([param], [slow], group[PREFIX + "lookahead_alpha"])
-        return loss
+            for param, own in grads.items():
+                param.grad = own
 
 
-def _substitute(params: list[Tensor], group: ParamGroup) -> None:
-    """Put the standardized gradient in the place of each parameter's gradient."""
-    standardized = standardize(
-        [param.grad for param in params if param.grad is not None],
-        centralize=group[PREFIX + "centralize"],
-        normalize=group[PREFIX + "normalize"],
-        eps=group[PREFIX + "norm_eps"],
-        rows_of_one=group[PREFIX + "centralize_rows_of_one"],
-    )
-    for param, grad in zip(params, standardized, strict=True):
-        substitute = grad.to(param.dtype)
-        # Some hosts clip in place, which must not reach a gradient that standardization left as it was.
-        param.grad = substitute.clone() if substitute is param.grad else substitute
+def _step(host: Optimizer) -> None:
+    """Step without torch's global hooks, which see the optimizer that the user steps."""
+    by_scheduler = hasattr(vars(host).get("step"), "_wrapped_by_lr_sched")
+    step = getattr(type(host).step, "__wrapped__", None) if getattr(type(host).step, "hooked", False) else None
+    if step is None or ("step" in vars(host) and not by_scheduler):  # replaced by somebody, who knows why
+        host.step()
+        return
+    host._opt_called = True  # type: ignore[attr-defined]  # what a scheduler of the host looks for
+    args: Any = (host,)
+    kwargs: Any = {}
+    for pre_hook in host._optimizer_step_pre_hooks.values():
+        args, kwargs = pre_hook(host, args, kwargs) or (args, kwargs)
+    step(*args, **kwargs)
+    for post_hook in host._optimizer_step_post_hooks.values():
+        post_hook(host, args, kwargs)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sing_plugins
 from sing_plugins import SING, create_optimizer
-from sing_plugins.checks import CHECKS
-from sing_plugins.names import PARSERS, resolve, split_options, torch_hosts, valid_names
+from sing_plugins.names import Foreign, Native, resolve, torch_hosts, valid_names
+from sing_plugins.options import OPTIONS, split_options
+from sing_plugins.plan import Plan
 from sing_plugins.wrapper import Wrapped, wrap
 
 
@@ -43,9 +48,9 @@ def test_native_hosts_go_before_those_of_torch_and_a_framework_before_torch() ->
     class Mine(torch.optim.SGD):
         pass
 
-    assert resolve("sing_sgd", {"sgd": Mine}).factory is None
-    assert resolve("sing_rmsprop", {"rmsprop": Mine}).factory is Mine
-    assert resolve("SING_RMSprop").factory is torch.optim.RMSprop
+    assert resolve("sing_sgd", {"sgd": Mine}) == Native("sing_sgd", "sgd")
+    assert resolve("sing_rmsprop", {"rmsprop": Mine}) == Foreign("sing_rmsprop", "rmsprop", Mine)
+    assert resolve("SING_RMSprop") == Foreign("sing_rmsprop", "rmsprop", torch.optim.RMSprop)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +61,10 @@ def test_unknown_name_lists_the_valid_ones(name: str) -> None:
         resolve(name)
 
 
-def test_every_option_has_a_parser_a_check_and_a_place() -> None:
+def test_every_option_of_the_table_has_a_place_and_every_option_is_in_the_table() -> None:
     options = {name for name in inspect.signature(SING).parameters if name not in ("params", "host")}
     options |= {name for name, p in inspect.signature(wrap).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert options == set(CHECKS) == set(PARSERS) - {"freeze"}
+    assert options == set(OPTIONS) - {"freeze"}
 
 
 TYPED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -141,7 +146,15 @@ def test_option_strings_are_split_outside_of_brackets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a", "Expected key=value"), ("a=1,,b", "got 'b'"), ("a=1,a=2", "gives 'a' twice")]
+    ("text", "message"),
+    [
+        ("a", "Expected key=value"),
+        ("a=1,,b", "got 'b'"),
+        ("a=1,a=2", "gives 'a' twice"),
+        ("lookahead_k=none,betas=(0.9,0.98,freeze=none", r"a bracket without its '\)'"),
+        ("betas=(0.9,0.98],freeze=none", r"Its '\]' closes no bracket"),
+        ("betas=0.9,0.98),freeze=none", r"Its '\)' closes no bracket"),
+    ],
 )
 def test_malformed_option_strings_raise(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -172,8 +185,14 @@ def test_learning_rate_of_the_paper_gets_no_hint(lr: float, caplog: pytest.LogCa
 def test_without_softplus_adamws_learning_rate_is_right(caplog: pytest.LogCaptureFixture) -> None:
     create_optimizer(model(), lr=1e-3, freeze="none", softplus_beta=None)
     assert "looks like" not in caplog.text
-    create_optimizer(model(), lr=5e-5, freeze="none", softplus_beta=None, framework_lr=5e-5)
-    assert "is the framework's default. SING without softplus usually wants about AdamW's best lr." in caplog.text
+    for name, options in (("sing", {"softplus_beta": None}), ("sing_sgd", {}), ("sing_radam", {})):
+        caplog.clear()
+        Plan(resolve(name), {"lr": 1e-4, **options}, model()).optimizer()
+        assert "ten times" not in caplog.text
+        Plan(resolve(name), {"lr": 5e-5, **options}, model(), framework_lr=5e-5).optimizer()
+        host = {"sing": "adamw"}.get(name, name.removeprefix("sing_"))
+        advice = f"SING without softplus usually wants about the best lr of {host} alone."
+        assert f"lr=5e-05 is the framework's default. {advice}" in caplog.text
 
 
 def test_public_names_are_importable_and_listed() -> None:
@@ -182,3 +201,71 @@ def test_public_names_are_importable_and_listed() -> None:
         assert callable(getattr(sing_plugins, name))
     with pytest.raises(AttributeError, match="no attribute 'Sing'"):
         sing_plugins.Sing  # noqa: B018
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons(tmp_path: Path) -> None:
+    given = {"lr": np.float32(0.5), "eps": np.float64(1e-6), "lookahead_k": np.int64(3), "centralize": np.bool_(False)}
+    typed = {"lr": 0.5, "eps": 1e-6, "lookahead_k": 3, "centralize": False}
+    net = model()
+    group = {"params": [nn.Parameter(torch.zeros(2))], "lookahead_alpha": np.float32(0.25)}
+    optimizers = [SING(net.parameters(), betas=(np.float32(0.5), 0.75), **given), create_optimizer(net, **given)]
+    for optimizer in optimizers:
+        optimizer.add_param_group(dict(group))
+        for name, value in typed.items():
+            assert optimizer.param_groups[0][name] == value
+            assert type(optimizer.param_groups[0][name]) is type(value)
+        assert type(optimizer.param_groups[-1]["lookahead_alpha"]) is float
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        torch.load(tmp_path / "state.pt", weights_only=True)  # would refuse NumPy's
+    assert wrap(torch.optim.SGD(net.parameters()), lookahead_k=np.int64(2)).param_groups[0]["sing_lookahead_k"] == 2
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([[0.1]])])
+def test_a_tensor_of_one_element_is_a_learning_rate(value: torch.Tensor) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param, lr in zip(params, (value, 0.1), strict=True):
+        param.grad = torch.tensor([1.0, 2.0])
+        SING([param], lr=lr).step()
+    torch.testing.assert_close(*params)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -0.1])
+def test_a_tensor_that_is_no_learning_rate_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="Invalid lr: tensor"):
+        SING(model().parameters(), lr=torch.tensor(value))
+
+
+def test_what_a_host_passes_on_with_kwargs_is_the_hosts_to_judge() -> None:
+    class Mine(torch.optim.AdamW):
+        def __init__(self, params: Any, amsgrad: bool = False, **kwargs: Any) -> None:
+            super().__init__(params, amsgrad=amsgrad, **kwargs)
+
+    hosts = {"mine": Mine}
+    given = {"lr": "0.1", "betas": "0.5:0.75", "eps": 1e-6, "amsgrad": "true"}
+    optimizer = create_optimizer(model(), "sing_mine", hosts=hosts, weight_decay=0.25, **given)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["amsgrad"]) == (0.1, (0.5, 0.75), 1e-6, True)
+    assert group["weight_decay"] == 0.25
+    with pytest.raises(ValueError, match="Unknown option 'foreach' of sing_mine"):
+        create_optimizer(model(), "sing_mine", hosts=hosts, foreach=True)
+
+
+def test_none_stands_for_an_option_that_was_not_given() -> None:
+    optimizer = create_optimizer(model(), lr=None, eps=None, betas=None, softplus_beta=None)
+    group = optimizer.param_groups[0]
+    assert (group["eps"], group["betas"], group["softplus_beta"]) == (1e-8, (0.9, 0.999), None)
+    assert create_optimizer(model(), "sing_adam", eps=None).param_groups[0]["eps"] == 1e-8
+
+
+def test_a_schedule_does_not_switch_on_a_momentum_that_nobody_asked_for() -> None:
+    def cycle(optimizer: torch.optim.Optimizer) -> None:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+
+    with pytest.raises(ValueError, match="must support momentum or beta1") as refused:
+        cycle(torch.optim.Adafactor(model().parameters()))
+    for options in ({}, {"momentum": 0.0}):
+        with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+            cycle(create_optimizer(model(), "sing_adafactor", **options))
+    optimizer = create_optimizer(model(), "sing_adafactor", momentum=0.5)
+    cycle(optimizer)
+    assert optimizer.param_groups[0]["momentum"] == 0.95

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from problems import gradients, parameters, set_gradients
 from torch import Tensor, nn
 
-from sing_plugins import SING
+from sing_plugins import SING, create_optimizer
 from sing_plugins.hosts import HOSTS
 
 PUBLISHED = Path(__file__).parent / "data" / "published_sing_step7.pt"
@@ -197,7 +198,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"lr": -0.1}, "Invalid lr: -0.1"),
     ({"lr": float("nan")}, "Invalid lr: nan"),
     ({"lr": True}, "Invalid lr: True"),
-    ({"lr": torch.tensor([0.1])}, r"Invalid lr: 'a tensor of shape \(1,\)'"),
+    ({"lr": torch.tensor([0.1, 0.2])}, r"Invalid lr: 'a tensor of shape \(2,\)'"),
     ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
     ({"betas": (1.0, 0.9)}, r"Invalid betas: \(1.0, 0.9\)"),
     ({"betas": (0.9, 0.9, 0.9)}, "two numbers in"),
@@ -337,10 +338,11 @@ def test_state_dict_of_the_published_optimizer_continues_its_trajectory() -> Non
 
 
 def test_published_state_dict_keeps_its_switches() -> None:
-    published = torch.load(PUBLISHED, weights_only=True)["state_dict"]
-    published["param_groups"][0].update(softplus=False, lookahead_active=False, grad_norm=False)
-    optimizer = SING([{"params": parameters()[:2]}, {"params": parameters()[2:5]}])
-    optimizer.load_state_dict(published)
+    published = torch.load(PUBLISHED, weights_only=True)
+    published["state_dict"]["param_groups"][0].update(softplus=False, lookahead_active=False, grad_norm=False)
+    params = [nn.Parameter(param) for param in published["params"]]
+    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.load_state_dict(published["state_dict"])
     group = optimizer.param_groups[0]
     assert (group["softplus_beta"], group["lookahead_k"], group["normalize"]) == (None, None, False)
     assert optimizer.param_groups[1]["softplus_beta"] == 50.0
@@ -379,3 +381,142 @@ def test_momentum_schedule_may_start_at_zero() -> None:
     optimizer.param_groups[0]["momentum"] = 0.9
     train(optimizer, params, grads[1:])
     assert all("momentum_buffer" in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hooks_around_loading_see_and_change_what_is_loaded(dtype: torch.dtype) -> None:
+    params = [nn.Parameter(param.detach().to(dtype)) for param in parameters()]
+    optimizer = SING(params)
+    set_gradients(params, [torch.ones_like(param) for param in params])
+    optimizer.step()
+    seen: list[Any] = []
+
+    def zero_first_moments(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {key: {**value, "exp_avg": value["exp_avg"] * 0} for key, value in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    def halve(loaded: Any) -> None:
+        seen.extend(value["exp_avg_sq"].dtype for value in loaded.state.values())
+        for value in loaded.state.values():
+            value["exp_avg_sq"] /= 2
+
+    second = SING(params)
+    second.register_load_state_dict_pre_hook(zero_first_moments)
+    second.register_load_state_dict_post_hook(halve)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert set(seen) == {torch.float32}
+    for param, theirs in optimizer.state.items():
+        mine = second.state[param]
+        assert not mine["exp_avg"].any()
+        assert torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"] / 2)
+        assert torch.equal(mine["lookahead_params"], theirs["lookahead_params"])
+    assert len(second._optimizer_load_state_dict_pre_hooks) == 1  # ours are gone
+    assert len(second._optimizer_load_state_dict_post_hooks) == 1
+
+
+def test_a_hook_may_convert_the_state_of_another_optimizer() -> None:
+    params = parameters()
+    adamw = torch.optim.AdamW(params, lr=0.25)
+    set_gradients(params, [torch.ones_like(param) for param in params])
+    adamw.step()
+    optimizer = SING(params)
+
+    def convert(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "host": "adamw"} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(convert)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    optimizer.step()
+
+
+def _without(name: str) -> Any:
+    return lambda saved: saved["state"][1].pop(name)
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "truncated": (_without("exp_avg_sq"), "the state of parameter 1 lacks 'exp_avg_sq'"),
+    "without its counter": (_without("step"), "the state of parameter 1 lacks 'step'"),
+    "of another shape": (
+        lambda saved: saved["state"][1].update(exp_avg=torch.zeros(9, 9)),
+        r"exp_avg of parameter 1 has the shape \(9, 9\)",
+    ),
+    "slow weights of another shape": (
+        lambda saved: saved["state"][1].update(lookahead_params=torch.zeros(9, 9)),
+        r"lookahead_params of parameter 1 has the shape \(9, 9\)",
+    ),
+    "with too much": (
+        lambda saved: saved["state"].update({99: {}}),
+        r"states of parameters that are in no group: \['99'",
+    ),
+    "of fewer parameters": (lambda saved: saved["param_groups"][0]["params"].pop(), "doesn't match the size"),
+    "of more groups": (
+        lambda saved: saved["param_groups"].append({**saved["param_groups"][0], "params": []}),
+        "groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_state_is_refused_before_anything_has_changed(case: str) -> None:
+    params = parameters()
+    optimizer = SING(params)
+    set_gradients(params, [torch.ones_like(param) for param in params])
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(before)
+    breaks, message = BROKEN[case]
+    breaks(broken)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(broken)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ ambient state
+
+
+@contextmanager
+def ambient(what: str) -> Iterator[None]:
+    """What scripts set for the whole process."""
+    if what == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, what))
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def run(host: str, steps: int) -> tuple[list[Tensor], SING]:
+    params = [nn.Parameter(torch.full(shape, 0.5, dtype=torch.float32, device="cpu")) for shape in ((3, 2), (2,))]
+    optimizer = SING(params, lr=1e-3, host=host)
+    generator = torch.Generator("cpu").manual_seed(3)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32, device="cpu")
+        optimizer.step()
+    return [param.detach() for param in params], optimizer
+
+
+@pytest.mark.parametrize("what", ["bfloat16", "float16", "float64", "meta"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_default_dtype_and_device_change_nothing(host: str, what: str) -> None:
+    expected, _ = run(host, 520)
+    with ambient(what):
+        params, optimizer = run(host, 520)
+        loaded = SING(params, host=host)
+        loaded.load_state_dict(optimizer.state_dict())
+        assert [state["step"].item() for state in loaded.state.values()] == [520.0, 520.0]
+        counted = optimizer.state_dict()
+        for state in counted["state"].values():
+            state["step"] = 513  # a number, as the optimizer published with the paper saves it
+        loaded.load_state_dict(counted)
+        assert [state["step"].item() for state in loaded.state.values()] == [513.0, 513.0]
+        weight = nn.Linear(2, 2, device="cpu", dtype=torch.float32)
+        assert create_optimizer(weight, f"sing_{host}")
+    for param, value in zip(params, expected, strict=True):
+        assert torch.equal(param, value)

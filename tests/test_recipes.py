@@ -95,7 +95,10 @@ def test_data_sets_name_functions_that_there_are(name: str) -> None:
     assert callable(getattr(import_module(module), function))
 
 
-@pytest.mark.parametrize("path", ["README.md", *(f.relative_to(ROOT).as_posix() for f in config.RECIPES.rglob("*.md"))])
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *config.RECIPES.rglob("*.md")]
+
+
+@pytest.mark.parametrize("path", sorted(page.relative_to(ROOT).as_posix() for page in PAGES))
 def test_links_of_the_readmes_lead_somewhere(path: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / path).read_text()):
         if not link.startswith(("http://", "https://")):

@@ -132,3 +132,22 @@ def test_one_step_leaves_the_ball_that_gradient_descent_cannot_leave(closeness: 
 
     assert distance_after_a_step(SING, **BARE, eps=1e-30) >= radius
     assert distance_after_a_step(torch.optim.SGD) < radius
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (3, 40_000), ()], ids=str)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e19), (torch.float32, 3e38), (torch.float64, 1e307)])
+def test_gradients_whose_squares_overflow_are_standardized_like_small_ones(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float
+) -> None:
+    """The norm is infinite there if squares are summed up as they are, and the update silently zero."""
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.rand(shape, generator=generator, dtype=torch.float64).mul_(0.9).add_(0.1)
+    (expected,) = standardize([grad])
+    (huge,) = standardize([(grad * scale).to(dtype)])
+    torch.testing.assert_close(huge.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_are_not_hidden(bad: float) -> None:
+    (standardized,) = standardize([torch.tensor([[1.0, bad], [2.0, 3.0]])])
+    assert not standardized.isfinite().all()

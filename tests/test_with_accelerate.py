@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -195,6 +196,17 @@ def test_load_state_continues_exactly_at_every_phase_of_lookahead(name: str, don
     assert difference(job.model, Job(new_accelerator(), name).train(done, 12, scheduled=True).model) > 0.0
 
 
+def test_sync_lookahead_finds_the_optimizer_in_a_prepared_one(accelerator: Accelerator) -> None:
+    model = net()
+    optimizer = accelerator.prepare(sing_accelerate.create_optimizer(accelerator, model, lr=0.1))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert any("lookahead_params" in state for state in optimizer.state.values())
+    sing_plugins.sync_lookahead(optimizer)
+    assert not any("lookahead_params" in state for state in optimizer.state.values())
+
+
 def test_a_learning_rate_like_adamws_is_hinted_at(accelerator: Accelerator, caplog: pytest.LogCaptureFixture) -> None:
     sing_accelerate.create_optimizer(accelerator, net(), lr=1e-3)
     assert "lr=0.001 looks like a learning rate of AdamW" in caplog.text
@@ -227,16 +239,27 @@ def fsdp_plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=version, **options)
 
 
+def ds_config(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}, "train_batch_size": "auto", "gradient_accumulation_steps": 1}
+
+
 def use_plugin(accelerator: Accelerator, kind: DistributedType, plugin: Any) -> None:
     """What Accelerate's constructor does where there is a GPU; without one it ignores the plugin, silently."""
     accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
-    accelerator.state.fsdp_plugin = plugin
+    if kind == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        plugin._selected = True  # what its select() does where DeepSpeed is installed
+    else:
+        accelerator.state.fsdp_plugin = plugin
 
 
 @pytest.mark.parametrize(
     ("kind", "plugin", "what"),
     [
-        (DistributedType.DEEPSPEED, lambda: None, "DeepSpeed"),
+        *((DistributedType.DEEPSPEED, partial(DeepSpeedPlugin, zero_stage=n), "DeepSpeed ZeRO") for n in (1, 2, 3)),
+        (DistributedType.DEEPSPEED, lambda: DeepSpeedPlugin(zero_stage=0), None),
+        (DistributedType.DEEPSPEED, lambda: DeepSpeedPlugin(hf_ds_config=ds_config(3)), "DeepSpeed ZeRO"),
+        (DistributedType.DEEPSPEED, lambda: DeepSpeedPlugin(hf_ds_config=ds_config(0)), None),
         (DistributedType.MEGATRON_LM, lambda: None, "Megatron-LM"),
         (DistributedType.FSDP, lambda: fsdp_plugin(1), "FSDP1"),
         (DistributedType.FSDP, lambda: fsdp_plugin(1, use_orig_params=True), "FSDP1"),

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ timm_hosts = sorted(
     name
     for name, info in default_registry._optimizers.items()
     # Apex and bitsandbytes (named by a string) need CUDA; Adahessian needs second-order gradients.
-    if isinstance(info.opt_class, type) and not info.second_order
+    if isinstance(info.opt_class, type) and not info.second_order and not name.startswith("sing")
 )
 
 
@@ -311,7 +310,10 @@ def test_freeze_is_an_option() -> None:
     create_optimizer_v2(model, opt="sing_sgd", lr=0.1)
     assert all(param.requires_grad for param in model.parameters())  # BatchNorm only
     create_optimizer_v2(model, opt="sing_sgd", lr=0.1, freeze="norm")
-    assert all(not p.requires_grad for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # but for the last ones of the blocks, which begin at zero
+        assert [param.requires_grad for param in norm.parameters()] == [not norm.weight.any()] * 2
+    assert {norm.weight.requires_grad for norm in norms} == {True, False}
     model = vit()
     create_optimizer_v2(model, opt="sing_lamb", lr=0.1, freeze=None)  # as --opt-kwargs freeze=None arrives
     assert all(param.requires_grad for param in model.parameters())
@@ -371,8 +373,10 @@ def test_param_group_fn_keeps_its_groups_but_for_what_is_frozen() -> None:
     assert not [name for name in parts if ".norm" in name]
     assert named_rates(model, optimizer, "lr")["head.weight"] == 0.02
     assert named_rates(model, optimizer, "lr")["blocks.0.attn.qkv.weight"] == 1e-4
-    assert (rates["head.weight"], rates["head.bias"]) == (0.2, 0.0)
-    assert (rates["blocks.0.attn.qkv.weight"], rates["blocks.0.attn.qkv.bias"]) == (0.1, 0.0)
+    # Groups of the user's own stay what they are: two, and with the decay that they say.
+    assert [group["part"] for group in optimizer.param_groups] == ["body", "head"]
+    assert rates["head.weight"] == rates["head.bias"] == 0.2
+    assert rates["blocks.0.attn.qkv.weight"] == rates["blocks.0.attn.qkv.bias"] == 0.1
 
 
 def test_param_group_fn_may_return_bare_parameters() -> None:
@@ -437,7 +441,9 @@ def test_lr_none_is_the_optimizers_default() -> None:
 def test_a_learning_rate_like_adamws_is_hinted_at(caplog: pytest.LogCaptureFixture) -> None:
     create_optimizer_v2(mlp(), opt="sing_adamw", lr=1e-3)
     create_optimizer_v2(mlp(), opt="sing_adamw", lr=1e-3)
-    create_optimizer_v2(mlp().parameters(), opt="sing_sgd", lr=5e-4)
+    create_optimizer_v2(mlp().parameters(), opt="sing_adabelief", lr=5e-4)
+    create_optimizer_v2(mlp(), opt="sing_sgd", lr=3e-4)
+    create_optimizer_v2(mlp(), opt="sing_lamb", lr=3e-4)
     create_optimizer_v2(mlp(), opt="sing_adamw", lr=1e-2)
     assert [record.getMessage().split()[1] for record in caplog.records if "lr=" in record.getMessage()] == [
         "lr=0.001",
@@ -474,7 +480,7 @@ def test_momentum_is_for_the_hosts_that_have_one(caplog: pytest.LogCaptureFixtur
     create_optimizer_v2(mlp(), opt="sing_adamw", lr=0.1, momentum=0.8)
     assert "momentum=0.8 is not used by sing_adamw" in caplog.text
     for opt, momentum in {"sing_sgd": 0.8, "sing_adafactor": 0.0, "sing_lars": 0.8, "sing_rmsprop": 0.8}.items():
-        assert create_optimizer_v2(mlp(), opt=opt, lr=0.1, momentum=0.8).defaults["momentum"] == momentum
+        assert create_optimizer_v2(mlp(), opt=opt, lr=0.1, momentum=0.8).defaults.get("momentum", 0.0) == momentum
     assert create_optimizer_v2(mlp(), opt="sing_sgd", lr=0.1).defaults["momentum"] == 0.9
 
 
@@ -642,7 +648,63 @@ def test_one_line_says_what_was_frozen(caplog: pytest.LogCaptureFixture) -> None
     ]
 
 
-def test_the_registered_builders_are_of_this_package() -> None:
-    info = default_registry.get_optimizer_info("sing_adamw")
-    assert isinstance(info.opt_class, partial)
-    assert info.opt_class.func.__module__ == "sing_timm"
+@pytest.mark.parametrize("name", ["sing_adamw", "singadamw", "sing_lamb", "sing_rprop"])
+def test_every_entry_of_the_registry_is_a_class_as_timms_are(name: str) -> None:
+    kind = get_optimizer_class(name, bind_defaults=False)
+    assert isinstance(kind, type)
+    assert issubclass(kind, torch.optim.Optimizer)
+    assert kind is get_optimizer_info(name).opt_class
+    assert kind.__module__ == "sing_timm"
+    assert isinstance(kind(mlp().parameters(), lr=0.1), torch.optim.Optimizer)
+
+
+# --- other people's optimizers with "sing" in their names
+
+
+@pytest.mark.parametrize("name", ["singularity", "my_sing", "sing_along", "housing", "sing_my_own"])
+def test_an_optimizer_of_the_users_own_may_have_sing_in_its_name(name: str) -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    default_registry.register(OptimInfo(name, Mine, has_momentum=True))
+    try:
+        optimizer = create_optimizer_v2(mlp(), opt=name, lr=0.1, momentum=0.5, weight_decay=0.1)
+    finally:
+        del default_registry._optimizers[name]
+    assert type(optimizer) is Mine
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+# --- how tools call timm
+
+
+@pytest.mark.parametrize("opt", ["sing_adamw", "sing_adam", "sing_lamb"])
+def test_none_stands_for_what_was_not_given(opt: str) -> None:
+    """open_clip passes its own arguments on whether they were given or not."""
+    optimizer = create_optimizer_v2(mlp(), opt=opt, lr=0.1, weight_decay=0.1, eps=None, betas=None)
+    assert optimizer.param_groups[0]["eps"] == (1e-6 if opt == "sing_lamb" else 1e-8)
+    assert tuple(optimizer.param_groups[0]["betas"]) == (0.9, 0.999)
+
+
+def test_a_model_in_data_parallel_is_trained_with_nothing_frozen_and_a_word_about_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(mlp())
+        optimizer = create_optimizer_v2(model, opt="sing_adamw", lr=0.1, weight_decay=0.1)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+        assert "2 not frozen, since the model is in DistributedDataParallel already" in caplog.text
+        groups = [{"params": list(model.parameters())}]
+        assert len(create_optimizer_v2(groups, opt="sing_adamw", lr=0.1).param_groups) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_an_earlier_optimizer_froze_is_in_the_groups_of_the_next_one() -> None:
+    model = mlp()
+    create_optimizer_v2(model, opt="sing_adamw", lr=0.1)
+    optimizer = create_optimizer_v2(model, opt="sing_lamb", lr=0.1, weight_decay=0.1, freeze="none")
+    assert named_rates(model, optimizer)["1.weight"] == 0.0
+    assert len(named_rates(model, optimizer)) == 6

@@ -477,8 +477,21 @@ def test_a_model_of_which_nothing_would_be_left_to_train_is_refused(tmp_path: Pa
     model = bert()
     for name, param in model.named_parameters():
         param.requires_grad_("LayerNorm" in name)
-    with pytest.raises(ValueError, match="'layernorm' would freeze all"):
-        trainer(tmp_path, model=model).train()
+    with pytest.raises(ValueError, match=r"'layernorm' would freeze all .* Pass freeze='none'"):
+        trainer(tmp_path, model=model, optim_args="freeze=layernorm").train()
+
+
+def test_layer_norms_left_trainable_while_the_rest_is_frozen_are_trained_by_default(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert()
+    for name, param in model.named_parameters():
+        param.requires_grad_("LayerNorm" in name)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    trainer(tmp_path, model=model).train()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert moved == {name for name in before if "LayerNorm" in name}
+    assert "left to train (freeze=none), since most of what is around them is frozen" in caplog.text
 
 
 class OwnGroups(Trainer):
@@ -507,7 +520,9 @@ def test_the_groups_and_options_of_a_subclass_are_kept(tmp_path: Path) -> None:
     body = group_of(optimizer, model.bert.pooler.dense.weight)
     assert (head["lr"], head["weight_decay"]) == (0.1, 0.0)
     assert (body["lr"], body["weight_decay"], body["lookahead_k"]) == (5e-3, 0.2, 3)
-    assert group_of(optimizer, model.bert.pooler.dense.bias)["weight_decay"] == 0.0
+    # Groups of a subclass's own stay what they are, so that its schedules fit and its biases decay as it says.
+    assert group_of(optimizer, model.bert.pooler.dense.bias)["weight_decay"] == 0.2
+    assert len(optimizer.param_groups) == 2
 
 
 def test_a_plain_list_of_parameters_gets_trainers_weight_decay(tmp_path: Path) -> None:
@@ -518,9 +533,27 @@ def test_a_plain_list_of_parameters_gets_trainers_weight_decay(tmp_path: Path) -
     assert group_of(optimizer, model.bert.pooler.dense.weight)["weight_decay"] == 0.1
 
 
-def test_without_the_model_the_name_is_refused_rather_than_training_unfrozen(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Invalid model: None\. sing_adamw goes by the model's layers"):
-        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path))
+@pytest.mark.parametrize("name", ["sing_adamw", "sing_adafactor", "sing_radam"])
+def test_without_the_model_nothing_is_frozen_and_one_line_says_so(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tools call the method so, and it answers so for Trainer's own names."""
+    model = bert()
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim=name, weight_decay=0.1))
+    assert issubclass(kind, torch.optim.Optimizer)
+    groups = [{"params": [model.classifier[1].weight]}, {"params": [model.classifier[1].bias], "weight_decay": 0.0}]
+    optimizer = kind(groups, **options)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(param.requires_grad for param in model.parameters())
+    assert "got parameters and not a model, so no normalization layer is frozen" in caplog.text
+
+
+def test_without_the_model_an_explicit_freeze_is_refused(tmp_path: Path) -> None:
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=layernorm"))
+    with pytest.raises(ValueError, match=r"Invalid freeze: 'layernorm' for parameters .* Pass the model"):
+        kind(bert().parameters(), **options)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim_args="freeze=none"))
+    assert kind(bert().parameters(), **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ messages
@@ -538,7 +571,14 @@ def test_trainers_untouched_defaults_are_hinted_at_once(tmp_path: Path, caplog: 
         line for line in lines if "lr=5e-05" in line
     ]
     assert sum("lr=5e-05" in line for line in lines) == 1
-    assert sum("max_grad_norm=1 clips gradients" in line for line in lines) == 1
+    assert not [line for line in lines if "max_grad_norm" in line]  # nobody has asked for Trainer's 1
+
+
+def test_clipping_that_was_asked_for_is_explained_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        create(tmp_path, max_grad_norm=0.5)
+    (line,) = [line for line in said(caplog) if "max_grad_norm" in line]
+    assert line.startswith("SING: max_grad_norm=0.5 clips gradients, which normalization undoes (paper D.1): only tens")
 
 
 def test_settings_of_sings_own_are_not_hinted_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -552,7 +592,7 @@ def test_settings_of_sings_own_are_not_hinted_at(tmp_path: Path, caplog: pytest.
 def test_clipping_is_not_called_harmless_where_gradients_are_not_normalized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    create(tmp_path, optim_args="normalize=False")
+    create(tmp_path, optim_args="normalize=False", max_grad_norm=0.5)
     assert not [line for line in said(caplog) if "max_grad_norm" in line]
 
 
@@ -738,3 +778,31 @@ def test_tensors_flattened_by_fsdp1_are_refused(outcomes: list[Any]) -> None:
     for _, _, refusals in outcomes:
         assert len(refusals) == 2
         assert all("SING needs whole tensors" in refusal and "FSDP1" in refusal for refusal in refusals)
+
+
+def test_what_an_earlier_run_froze_is_in_the_groups_of_the_next_one(tmp_path: Path) -> None:
+    model = bert()
+    trainer(tmp_path, model=model).create_optimizer()
+    optimizer = trainer(tmp_path, model=model, optim_args="freeze=none", weight_decay=0.1).create_optimizer()
+    grouped = {param for group in optimizer.param_groups for param in group["params"]}
+    assert grouped == set(model.parameters())
+    assert group_of(optimizer, model.bert.embeddings.LayerNorm.weight)["weight_decay"] == 0.0
+
+
+def test_a_second_training_after_the_best_model_was_loaded_goes_on_from_it(tmp_path: Path) -> None:
+    """With lr 0 the weights stay those of the checkpoint, not Lookahead's slow ones from the end of the first run."""
+    model = bert()
+    args = arguments(tmp_path, max_steps=4, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1)
+    args.load_best_model_at_end, args.metric_for_best_model = True, "eval_loss"
+    args.learning_rate = 0.5  # so that the first checkpoint is the best
+    training = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows())
+    training.train()
+    best = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for group in training.optimizer.param_groups:
+        group["lr"] = 0.0
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    for _ in range(6):
+        training.optimizer.step()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, best[name]), name

@@ -171,7 +171,7 @@ def test_copies_continue_the_same_trajectory(copier: Any) -> None:
         (lambda p: torch.optim.Adam(p), "saved by an optimizer without SING"),
         (
             lambda p: wrap(torch.optim.RAdam(p)),
-            "saved by SING with the host 'RAdam', but this is SING with the host 'Adam'",
+            r"saved by SING with the host 'torch\.RAdam', but this is SING with the host 'torch\.Adam'",
         ),
         (lambda p: SING(p), "saved by an optimizer without SING"),
     ],
@@ -262,3 +262,72 @@ def test_wrapped_optimizer_is_a_torch_optimizer() -> None:
     assert isinstance(optimizer, Wrapped)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert repr(optimizer).startswith("Wrapped Adam (")
+
+
+def test_global_hooks_of_torch_see_one_step_with_the_users_gradients() -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    params = filled()
+    host = torch.optim.Adam(params, lr=0.05)
+    own: list[str] = []
+    host.register_step_pre_hook(lambda *_: own.append("before"))
+    host.register_step_post_hook(lambda *_: own.append("after"))
+    torch.optim.lr_scheduler.LambdaLR(host, lambda step: 1.0)  # replaces the step of the instance
+    optimizer = wrap(host)
+    seen: list[tuple[str, Any, list[Tensor | None]]] = []
+
+    def note(when: str) -> Any:
+        return lambda stepped, args, kwargs: seen.append((when, stepped, [param.grad for param in params]))
+
+    handles = [register_optimizer_step_pre_hook(note("before")), register_optimizer_step_post_hook(note("after"))]
+    try:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        grads = [param.grad for param in params]
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [(when, stepped) for when, stepped, _ in seen] == [("before", optimizer), ("after", optimizer)]
+    for _, _, found in seen:
+        assert all(one is other for one, other in zip(found, grads, strict=True))
+    assert own == ["before", "after"]
+
+
+def test_a_host_whose_step_was_replaced_is_stepped_by_what_replaced_it() -> None:
+    params = filled()
+    host = torch.optim.SGD(params, lr=0.05)
+    calls = []
+    host.step = lambda closure=None: calls.append("mine")  # type: ignore[assignment, method-assign]
+    wrap(host).step()
+    assert calls == ["mine"]
+
+
+def test_state_of_another_packages_optimizer_of_the_same_name_is_refused() -> None:
+    import timm.optim
+
+    saved = wrap(timm.optim.Adafactor(filled(), lr=0.05)).state_dict()
+    optimizer = wrap(torch.optim.Adafactor(filled(), lr=0.05))
+    with pytest.raises(
+        ValueError, match=r"saved by SING with the host 'timm\.Adafactor', but this .* 'torch\.Adafactor'"
+    ):
+        optimizer.load_state_dict(saved)
+    for group in saved["param_groups"]:
+        group["sing_host"] = "Adafactor"  # as earlier versions saved it, for either
+    wrap(timm.optim.Adafactor(filled(), lr=0.05)).load_state_dict(saved)
+
+
+def test_slow_weights_of_another_model_and_states_without_a_parameter_are_refused_unchanged() -> None:
+    params = filled()
+    optimizer = wrap(torch.optim.Adam(params, lr=0.05), lookahead_k=3)
+    train(optimizer, params, list(gradients(1)))
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][0]["lookahead_params"] = torch.zeros(2, 2)
+    extra = copy.deepcopy(before)
+    extra["state"][99] = extra["state"][0]
+    for broken, message in ((wrong, "lookahead_params of parameter 0 has the shape"), (extra, "in no group: .'99'")):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(broken)
+        assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+        torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)

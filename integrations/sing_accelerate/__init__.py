@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sing_plugins import names
-from sing_plugins.groups import DEFAULT_FREEZE
+from sing_plugins import plan
+from sing_plugins.options import DEFAULT_FREEZE
 
 __all__ = ["create_optimizer"]
 
@@ -51,7 +51,7 @@ def create_optimizer(
             ``"sing_<host>"`` with the lower-case name of a class of torch.optim. Default ``"sing_adamw"``.
         lr: learning rate, usually ten times AdamW's; None for the optimizer's default.
         weight_decay: of the parameters that are neither biases nor in a normalization layer. Default 0.
-        freeze: ``"layernorm"`` (default), ``"norm"`` or ``"none"``; see :func:`sing_plugins.param_groups`.
+        freeze: ``"default"``, ``"layernorm"``, ``"norm"`` or ``"none"``; see :func:`sing_plugins.param_groups`.
         no_weight_decay: names of further parameters that are not decayed.
         options: the optimizer's options, as in :class:`sing_plugins.SING` or, for another host, as of that host and
             :func:`sing_plugins.wrap`.
@@ -70,7 +70,7 @@ def create_optimizer(
         raise TypeError(f"Invalid model: {type(model).__name__}. Accepted: a torch.nn.Module.")
     _check_sharding(accelerator)
     _check_unprepared(accelerator, model)
-    return names.create_optimizer(
+    return plan.create_optimizer(
         model, name, lr=lr, weight_decay=weight_decay, freeze=freeze, no_weight_decay=no_weight_decay, **options
     )
 
@@ -81,7 +81,7 @@ def _check_sharding(accelerator: Accelerator) -> None:
         if accelerator.distributed_type == kind and applies(accelerator):
             raise ValueError(
                 f"Invalid accelerator: it uses {what}, under which SING would train on flat pieces of the tensors that "
-                "it normalizes one by one. Accepted: one process, DDP, or (Accelerate 1.6 and newer) FSDP2: "
+                "it normalizes one by one. Accepted: one process, DDP, DeepSpeed with zero_stage 0, or FSDP2: "
                 "Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), fsdp_version: 2 in a "
                 "configuration file."
             )
@@ -95,8 +95,14 @@ def _is_flat(accelerator: Accelerator) -> bool:
     return not (plugin.use_orig_params and strategy == "NO_SHARD")
 
 
+def _zero_stage(accelerator: Accelerator) -> int | None:
+    """Stage 0 leaves the tensors whole; a stage that cannot be told may flatten them."""
+    stage = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", None)
+    return stage if isinstance(stage, int) else None
+
+
 _REFUSED: dict[DistributedType, tuple[str, Callable[[Accelerator], bool]]] = {
-    DistributedType.DEEPSPEED: ("DeepSpeed", lambda accelerator: True),
+    DistributedType.DEEPSPEED: ("DeepSpeed ZeRO", lambda accelerator: _zero_stage(accelerator) != 0),
     DistributedType.MEGATRON_LM: ("Megatron-LM", lambda accelerator: True),
     DistributedType.FSDP: ("FSDP1 (fsdp_version=1)", _is_flat),
 }

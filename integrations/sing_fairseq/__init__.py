@@ -9,11 +9,9 @@ As ``--user-dir``, or imported by hand, this package registers itself; where sin
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 from fairseq import utils
@@ -22,18 +20,17 @@ from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, AMPO
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
-from sing_fairseq.optimizer import NAMES, FairseqSING, SINGConfig, decay_groups, parse, trained
+from sing_fairseq.optimizer import NAMES, FairseqSING, SINGConfig, building, plan_of
+from sing_plugins.adapter import Hooks
 from sing_plugins.autoload import enable, loaded
-from sing_plugins.groups import freeze_parameters, log_groups
-from sing_plugins.messages import hint_clipping, hint_learning_rate
-from sing_plugins.names import Named
+from sing_plugins.messages import hint_clipping
+from sing_plugins.names import Foreign, Named
+from sing_plugins.plan import Plan
 
 __all__ = ["FairseqSING", "is_patched", "patch", "unpatch"]
 
-DEFAULT_LR = 0.25  # fairseq's --lr, when nothing is asked for
-
 logger = logging.getLogger(__name__)
-_hooked: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, attribute) -> (ours, its own)
+_hooks = Hooks()
 
 
 def patch() -> None:
@@ -45,19 +42,16 @@ def patch() -> None:
     for name in NAMES:
         if OPTIMIZER_REGISTRY.get(name) is not FairseqSING:
             register_optimizer(name, dataclass=SINGConfig)(FairseqSING)
-    _hook(utils, "import_user_module", _import_user_module)
+    _hooks.hook(utils, "import_user_module", _import_user_module)
     trainer = loaded("fairseq.trainer")
     if trainer is not None:
-        _hook(trainer.Trainer, "__init__", _init)
-        _hook(trainer.Trainer, "_build_optimizer", _build_optimizer)
+        _hooks.hook(trainer.Trainer, "__init__", _init)
+        _hooks.hook(trainer.Trainer, "_build_optimizer", _build_optimizer)
 
 
 def unpatch() -> None:
     """Undo :func:`patch`: fairseq's registries, hydra's store and the Trainer are what they were."""
-    for (owner, attribute), (ours, own) in _hooked.items():
-        if getattr(owner, attribute) is ours:  # else somebody's hook is on top of ours, and ours has no name left
-            setattr(owner, attribute, own)
-    _hooked.clear()
+    _hooks.unhook()
     for name in [name for name, kind in OPTIMIZER_REGISTRY.items() if kind is FairseqSING]:
         del OPTIMIZER_REGISTRY[name], OPTIMIZER_DATACLASS_REGISTRY[name]
         del ConfigStore.instance().repo["optimizer"][f"{name}.yaml"]
@@ -68,19 +62,12 @@ def is_patched() -> bool:
     return OPTIMIZER_REGISTRY.get("sing") is FairseqSING
 
 
-def _hook(owner: Any, attribute: str, hook: Callable[[Any], Any]) -> None:
-    if (owner, attribute) not in _hooked:
-        own = getattr(owner, attribute)
-        _hooked[owner, attribute] = functools.wraps(own)(hook(own)), own
-        setattr(owner, attribute, _hooked[owner, attribute][0])
-
-
 def _init(own: Any) -> Any:
     def init(trainer: Any, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(cfg, Namespace):  # deprecated; fairseq converts it in the same way
             cfg = convert_namespace_to_omegaconf(cfg)
         if _is_sing(cfg):
-            _prepare(cfg, _both(model, criterion))
+            trainer._sing_plan = _prepare(cfg, nn.ModuleDict({"model": model, "criterion": criterion}))
         own(trainer, cfg, task, model, criterion, *args, **kwargs)
 
     return init
@@ -91,11 +78,13 @@ def _build_optimizer(own: Any) -> Any:
         if not _is_sing(trainer.cfg):
             own(trainer)
             return
-        token = trained.set(_both(trainer._model, trainer._criterion))
+        modules = (trainer._model, trainer._criterion)
+        trainable = [param for module in modules for param in module.parameters() if param.requires_grad]
+        token = building.set((trainer._sing_plan, trainable))
         try:
             own(trainer)
         finally:
-            trained.reset(token)
+            building.reset(token)
         outer = trainer._optimizer
         if isinstance(outer, AMPOptimizer):  # it would go past FairseqSING to the torch optimizer
             outer.state_dict, outer.load_state_dict = (
@@ -122,20 +111,14 @@ def _is_sing(cfg: Any) -> bool:
     return OPTIMIZER_REGISTRY.get(getattr(cfg.optimizer, "_name", None)) is FairseqSING
 
 
-def _both(model: nn.Module, criterion: nn.Module) -> nn.Module:
-    return nn.ModuleDict({"model": model, "criterion": criterion})
-
-
-def _prepare(cfg: Any, model: nn.Module) -> None:
-    """Check everything, then freeze."""
-    named, freeze, options = parse(merge_with_parent(SINGConfig(), cfg.optimizer))
-    _check_trainer(cfg, named)
-    frozen = freeze_parameters(model, freeze)
-    rate = options.get("weight_decay", 0.0)
-    log_groups(freeze, frozen, [{"weight_decay": rate, **group} for group in decay_groups(model, options)])
-    hint_learning_rate(options, DEFAULT_LR)
-    if options.get("normalize", True):
+def _prepare(cfg: Any, model: nn.Module) -> Plan:
+    """Check everything, then freeze, before anything wraps the model or collects its parameters."""
+    plan = plan_of(merge_with_parent(SINGConfig(), cfg.optimizer), model)
+    _check_trainer(cfg, plan.named)
+    plan.freeze()
+    if plan.options.get("normalize", True):
         hint_clipping("--clip-norm", cfg.optimization.clip_norm)
+    return plan
 
 
 def _check_trainer(cfg: Any, named: Named) -> None:
@@ -152,12 +135,12 @@ def _check_trainer(cfg: Any, named: Named) -> None:
             f"Invalid --ddp-backend: 'fully_sharded', which flattens tensors, but {named.name} divides each tensor's "
             "gradient by its own norm. Accepted: pytorch_ddp, legacy_ddp."
         )
-    if named.factory is not None and (common.memory_efficient_fp16 or common.memory_efficient_bf16):
+    if isinstance(named, Foreign) and (common.memory_efficient_fp16 or common.memory_efficient_bf16):
         raise ValueError(
             f"Invalid --memory-efficient-fp16 or -bf16: True with {named.name}, which would have its state in half "
             "precision. Pass --fp16 --fp16-no-flatten-grads, or --bf16."
         )
-    if named.factory is not None and distributed.zero_sharding != "none":
+    if isinstance(named, Foreign) and distributed.zero_sharding != "none":
         raise ValueError(
             f"Invalid --zero-sharding: {distributed.zero_sharding!r} with {named.name}: fairscale cannot rebuild a "
             "wrapped optimizer on each rank. Use sing, sing_adabelief, sing_adafactor or sing_sgd, or leave it out."

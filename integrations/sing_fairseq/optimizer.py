@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from dataclasses import field, make_dataclass
 from typing import Any
 
-import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.adam import Adam
@@ -16,9 +15,12 @@ from fairseq.optim.nag import NAG
 from omegaconf import II, OmegaConf
 from torch import nn
 
-from sing_plugins.checks import CHECKS, ParamGroup
-from sing_plugins.groups import DEFAULT_FREEZE, FREEZE, split_decay
-from sing_plugins.names import PREFIX, Named, resolve, valid_names
+from sing_plugins.groups import said
+from sing_plugins.names import PREFIX, Native, resolve, valid_names
+from sing_plugins.options import DEFAULT_FREEZE, FREEZE, OPTIONS
+from sing_plugins.plan import Plan
+
+DEFAULT_LR = 0.25  # fairseq's --lr, when nothing is asked for
 
 # fairseq's optimizers that are neither a class of torch.optim nor a native host. Its Adam decays as AdamW does.
 HOSTS: dict[str, Any] = {"adam": Adam, "adamax": Adamax, "nag": NAG}
@@ -26,13 +28,11 @@ NAMES = valid_names(HOSTS)
 HOST_NAMES = [name.removeprefix(PREFIX) for name in NAMES if name.startswith(PREFIX)]
 
 # The options of all hosts: which of them a host has is the core's to say.
-OPTIONS = sorted(
-    {option for name in NAMES for option in resolve(name, HOSTS).parsers()} - {"lr", "weight_decay", "freeze"}
-)
-DEFAULT = "default"  # stands for an option that was not given, since None is a value that switches things off
+HOST_OPTIONS = sorted({o for name in NAMES for o in resolve(name, HOSTS).options} - {"lr", "weight_decay", "freeze"})
+DEFAULT = DEFAULT_FREEZE  # stands for an option that was not given, since None is a value that switches things off
 
-# The model and criterion for which the Trainer is building an optimizer.
-trained: ContextVar[nn.Module | None] = ContextVar("trained", default=None)
+# The plan of the Trainer that is building an optimizer, and its parameters that are trained, in its order.
+building: ContextVar[tuple[Plan, list[nn.Parameter]] | None] = ContextVar("building", default=None)
 
 
 def _field(default: str | float, text: str) -> Any:
@@ -40,7 +40,7 @@ def _field(default: str | float, text: str) -> Any:
 
 
 def _about(option: str) -> str:
-    return f"{option} of SING or its host" + (f": {CHECKS[option][1]}" if option in CHECKS else "")
+    return f"{option} of SING or its host" + (f": {OPTIONS[option].words}" if option in OPTIONS else "")
 
 
 # Any: the command line leaves a string as it is and hydra types it in its own way; the core takes both.
@@ -51,7 +51,7 @@ SINGConfig: Any = make_dataclass(
         ("lr", list[float], II("optimization.lr")),
         ("sing_host", Any, _field(DEFAULT, f"the optimizer that SING stabilizes: {', '.join(HOST_NAMES)}")),
         ("sing_freeze", Any, _field(DEFAULT_FREEZE, f"normalization layers to freeze: {', '.join(FREEZE)}")),
-        *((PREFIX + option, Any, _field(DEFAULT, _about(option))) for option in OPTIONS),
+        *((PREFIX + option, Any, _field(DEFAULT, _about(option))) for option in HOST_OPTIONS),
     ],
     bases=(FairseqDataclass,),
 )
@@ -63,7 +63,7 @@ class FairseqSING(FairseqOptimizer):  # type: ignore[misc]
 
     Args:
         cfg: ``_name`` (``sing`` or ``sing_<host>``), ``lr``, ``weight_decay``, ``sing_host`` (for ``sing``),
-            ``sing_freeze`` (``"layernorm"``, ``"norm"`` or ``"none"``) and every option as ``sing_<option>``, a
+            ``sing_freeze`` (``"layernorm"``, ``"norm"``, ``"none"``) and every option as ``sing_<option>``, a
             string or a Python value; ``"default"`` is the host's own default.
         params: the Trainer's parameters.
 
@@ -76,30 +76,34 @@ class FairseqSING(FairseqOptimizer):  # type: ignore[misc]
 
     def __init__(self, cfg: Any, params: Iterable[nn.Parameter]) -> None:
         super().__init__(cfg)
-        model = trained.get()
-        if model is None:
+        built = building.get()
+        if built is None:
             raise ValueError(
                 f"{cfg._name} goes by the layers of the model, which it knows only as the --optimizer of fairseq's "
                 "Trainer: not inside composite, nor built by hand (sing_plugins.create_optimizer is for that)."
             )
-        self.named, self.freeze, self.options = parse(cfg)
-        groups = decay_groups(model, self.options)
-        self._decayed = ["weight_decay" not in group for group in groups]
+        self.plan, trainable = built
+        # Split also where this run has no decay: one that goes on from it may have.
+        groups = self.plan.group([{"params": list(dict.fromkeys(trainable)), "weight_decay": 1.0}])
+        self._decayed = [bool(group["weight_decay"]) for group in groups]
         # The parameters come in the Trainer's order, as they are or as copies in float32, which no module owns.
-        given = dict(zip(_trainable(model), params, strict=True))
-        for group in groups:
+        given = dict(zip(trainable, params, strict=True))
+        for group, decayed in zip(groups, self._decayed, strict=True):
             group["params"] = [given[param] for param in group["params"]]
-        self._optimizer = self.named.build(groups, **self.options)
+            if decayed:
+                del group["weight_decay"]  # for the optimizer's own
+        self._optimizer = self.plan.build(groups)
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
         """The keyword arguments that the torch optimizer was built with."""
-        return self.options if self.named.factory else {"host": self.named.host, **self.options}
+        named, options = self.plan.named, self.plan.options
+        return {"host": named.host, **options} if isinstance(named, Native) else options
 
     @property
     def supports_memory_efficient_fp16(self) -> bool:
         """Whether parameters in half precision have their state in float32."""
-        return self.named.factory is None
+        return isinstance(self.plan.named, Native)
 
     def state_dict(self) -> dict[str, Any]:
         """The torch optimizer's state, with what has to be the same where it is loaded."""
@@ -128,8 +132,8 @@ class FairseqSING(FairseqOptimizer):  # type: ignore[misc]
                 raise ValueError(
                     f"Invalid --optimizer-overrides: {name}. Pass --reset-optimizer --sing-{name} instead."
                 )
-        overrides = self.named.parse(overrides)
-        _try(self.named, {**self.options, **overrides})
+        overrides = self.plan.named.parse(overrides)
+        self.plan.try_options({**self.plan.options, **overrides})
         super().load_state_dict(state_dict)
         for group, decayed in zip(self.param_groups, self._decayed, strict=True):
             for name, value in overrides.items():
@@ -137,17 +141,18 @@ class FairseqSING(FairseqOptimizer):  # type: ignore[misc]
                     group[name if name in group else PREFIX + name] = value
 
     def _identity(self) -> dict[str, str]:
-        return {"sing_host": self.named.host, "sing_freeze": self.freeze}
+        return {"sing_host": self.plan.named.host, "sing_freeze": said(self.plan.freeze_as)}
 
 
-def parse(cfg: Any) -> tuple[Named, str, dict[str, Any]]:
-    """The optimizer's name, what to freeze, and the options, typed and tried.
+def plan_of(cfg: Any, model: nn.Module) -> Plan:
+    """The plan for an optimizer's configuration; checks all of it and changes nothing.
 
     Args:
         cfg: as in :class:`FairseqSING`.
+        model: holds the model and the criterion.
 
     Raises:
-        ValueError: a host that does not exist or is not the name's, an unknown option, a value that is not accepted.
+        ValueError: a host that does not exist or is not the name's, or as :class:`sing_plugins.plan.Plan`.
     """
     named = resolve(cfg._name, HOSTS)
     host = str(cfg.sing_host).lower()
@@ -158,34 +163,12 @@ def parse(cfg: Any) -> tuple[Named, str, dict[str, Any]]:
         named = resolve(PREFIX + host, HOSTS)
     options = {
         "lr": cfg.lr if isinstance(cfg.lr, (int, float)) else cfg.lr[0],  # a list has one rate for each epoch
+        "weight_decay": cfg.weight_decay,
         "freeze": cfg.sing_freeze,
-        **{option: value for option in OPTIONS if (value := getattr(cfg, PREFIX + option)) != DEFAULT},
+        **{option: value for option in HOST_OPTIONS if (value := getattr(cfg, PREFIX + option)) != DEFAULT},
     }
-    if cfg.weight_decay or "weight_decay" in named.parsers():  # a host without decay takes a decay of 0
-        options["weight_decay"] = cfg.weight_decay
+    options = {name: OmegaConf.to_container(o) if OmegaConf.is_config(o) else o for name, o in options.items()}
     try:
-        typed = named.parse({k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in options.items()})
-        freeze = typed.pop("freeze")
-        _try(named, typed)
+        return Plan(named, options, model, framework_lr=DEFAULT_LR)
     except ValueError as error:
         raise ValueError(f"{error} (fairseq: --sing-<option>, but --lr and --weight-decay)") from error
-    return named, freeze, typed
-
-
-def decay_groups(model: nn.Module, options: dict[str, Any]) -> list[ParamGroup]:
-    """The Trainer's parameters once each; those exempt from decay apart, also where this run has none.
-
-    Args:
-        model: holds the model and the criterion, in the Trainer's order.
-        options: as from :func:`parse`.
-    """
-    params = list(dict.fromkeys(_trainable(model)))
-    return split_decay(model, [{"params": params}], decay_all=options.get("decay_all", False))
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [param for module in model.children() for param in module.parameters() if param.requires_grad]
-
-
-def _try(named: Named, options: dict[str, Any]) -> None:
-    named.build([nn.Parameter(torch.zeros(1, 1))], **options)

@@ -8,9 +8,8 @@ have one by default.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +18,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from sing_plugins.checks import ParamGroup
-from sing_plugins.messages import hint_learning_rate, say
-from sing_plugins.names import NATIVE, PREFIX, Named, create_optimizer, resolve, valid_names
+from sing_plugins.adapter import Hooks
+from sing_plugins.messages import say
+from sing_plugins.names import NATIVE, PREFIX, Named, resolve, valid_names
+from sing_plugins.plan import Plan, builder_class
 
 __all__ = ["is_patched", "patch", "unpatch"]
 
 _METHOD = "create_optimizer"
-_hooked: dict[type, tuple[Any, Any]] = {}  # OptimizerRegistry -> (our method, its own)
+_hooks = Hooks()
 
 
 def patch() -> None:
@@ -34,9 +34,7 @@ def patch() -> None:
     if is_patched():
         return
     names = valid_names(_hosts(factory.default_registry))
-    own = getattr(factory.OptimizerRegistry, _METHOD)
-    _hooked[factory.OptimizerRegistry] = _hook(own), own
-    setattr(factory.OptimizerRegistry, _METHOD, _hooked[factory.OptimizerRegistry][0])
+    _hooks.hook(factory.OptimizerRegistry, _METHOD, _create_optimizer)
     for name in names:
         info = _info(factory.default_registry, name)
         for spelling in {name, _compact(name)}:
@@ -45,85 +43,62 @@ def patch() -> None:
 
 def unpatch() -> None:
     """Undo :func:`patch`: timm's registries are what they were."""
-    for registry, (ours, own) in _hooked.items():
-        if getattr(registry, _METHOD) is ours:  # else somebody's hook is on top of ours, which does nothing any more
-            setattr(registry, _METHOD, own)
-    _hooked.clear()
+    _hooks.unhook()
     for name in [name for name, info in factory.default_registry._optimizers.items() if _is_ours(info)]:
         del factory.default_registry._optimizers[name]
 
 
 def is_patched() -> bool:
     """Whether timm's registries know SING's names."""
-    return factory.OptimizerRegistry in _hooked
+    return (factory.OptimizerRegistry, _METHOD) in _hooks
 
 
-def _hook(own: Callable[..., Any]) -> Callable[..., Any]:
+def _create_optimizer(own: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(own)
 
-    @functools.wraps(own)
     def create(registry: factory.OptimizerRegistry, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Any:
-        named = _find(registry, opt) if is_patched() else None
-        if named is None:
-            return own(registry, model_or_params, opt, *args, **kwargs)
         call = signature.bind(registry, model_or_params, opt, *args, **kwargs)
         call.apply_defaults()
 
-        def ask_timm(**changes: Any) -> tuple[Any, dict[str, Any]]:
-            """What timm would give to an optimizer class: the params or param groups, and the options."""
+        def ask_timm(info: factory.OptimInfo, **changes: Any) -> Any:
+            """What timm would make of these arguments for an optimizer of any name."""
             asked = factory.OptimizerRegistry()
-            as_given: Any = _as_given
-            asked.register(factory.OptimInfo("asked", as_given, has_betas=True, has_momentum=_takes_momentum(named)))
+            asked.register(replace(info, name="asked"))
             arguments = {**call.arguments, "self": asked, "opt": "asked", **changes}
             question = inspect.BoundArguments(signature, arguments)
-            answer: tuple[Any, dict[str, Any]] = own(*question.args, **question.kwargs)
-            return answer
+            return own(*question.args, **question.kwargs)
 
-        _, options = ask_timm(model_or_params=())  # for a model, timm moves the weight decay into the groups
+        info = registry._optimizers.get(opt.lower())
+        if info is not None and not _is_ours(info) and "_" in opt:  # timm would look for its last part only
+            return ask_timm(info)
+        named = _find(registry, opt) if is_patched() else None
+        if named is None:
+            return own(registry, model_or_params, opt, *args, **kwargs)
+
+        echo = factory.OptimInfo("asked", _Echo, has_betas=True, has_momentum=_takes_momentum(named))
+        options = ask_timm(echo, model_or_params=()).options  # for a model, timm moves the weight decay into the groups
         momentum = call.arguments["momentum"]
         if "momentum" not in options and momentum != signature.parameters["momentum"].default:
             say(f"momentum={momentum} is not used by {named.name}.", once=True)
         if not isinstance(model_or_params, nn.Module):
-            if "freeze" not in options:
-                say("got parameters and not a model, so no normalization layer is frozen.", once=True)
-            return _build(registry, named.name, model_or_params, **options)
+            return Plan(named, options).optimizer(lambda: model_or_params)
         if not call.arguments["weight_decay_exclude_1d"]:
             options.setdefault("decay_all", True)
-        exclude_1d = not named.parse(options).get("decay_all", False)
-
-        def groups() -> Iterator[ParamGroup]:
-            params = list(ask_timm(weight_decay_exclude_1d=exclude_1d)[0])
-            yield from params if all(isinstance(group, dict) for group in params) else [{"params": params}]
-
-        # The generator runs when all options have been checked: timm's groups can freeze layers, too.
-        hosts = {} if named.factory is None else {named.host: named.factory}
-        return create_optimizer(model_or_params, named.name, groups=groups(), hosts=hosts, **options)
+        plan = Plan(named, options, model_or_params)
+        exclude_1d = not plan.options.get("decay_all", False)
+        return plan.optimizer(
+            lambda: ask_timm(echo, weight_decay_exclude_1d=exclude_1d).params,
+            split=call.arguments["param_group_fn"] is None,
+        )
 
     return create
 
 
-def _as_given(params: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    return params, options
+class _Echo(Optimizer):
+    """What timm builds an optimizer from, in the place of one."""
 
-
-def _build(registry: factory.OptimizerRegistry, name: str, params: ParamsT, **options: Any) -> Optimizer:
-    """An optimizer without its model.
-
-    Raises:
-        ValueError: an unknown option, a bad value, or something to freeze.
-    """
-    named = _resolve(registry, name)
-    if "weight_decay" not in named.parsers() and not options.get("weight_decay"):
-        options.pop("weight_decay", None)  # timm always gives one
-    typed = named.parse(options)
-    freeze = typed.pop("freeze", "none")
-    if freeze != "none":
-        raise ValueError(
-            f"Invalid freeze: {freeze!r} for parameters whose layers are not known. Accepted: none. Pass the model."
-        )
-    optimizer = named.build(params, **typed)
-    hint_learning_rate(optimizer.defaults)
-    return optimizer
+    def __init__(self, params: Any, **options: Any) -> None:
+        self.params, self.options = params, options
 
 
 def _find(registry: factory.OptimizerRegistry, opt: str) -> Named | None:
@@ -146,7 +121,7 @@ def _find(registry: factory.OptimizerRegistry, opt: str) -> Named | None:
 
 
 def _resolve(registry: factory.OptimizerRegistry, name: str) -> Named:
-    hosts: dict[str, Any] = dict.fromkeys(_hosts(registry), _as_given)
+    hosts: dict[str, Any] = dict.fromkeys(_hosts(registry), _Echo)
     host = name.removeprefix(PREFIX)
     if host in hosts and name not in NATIVE:
         hosts[host] = registry.get_optimizer_class(host)  # with the registry's defaults; may import its package
@@ -159,24 +134,29 @@ def _hosts(registry: factory.OptimizerRegistry) -> list[str]:
 
 
 def _info(registry: factory.OptimizerRegistry, name: str) -> factory.OptimInfo:
-    build: Any = functools.partial(_build, registry, name)
+    def build(params: ParamsT, **options: Any) -> Optimizer:
+        """SING, for the parameters of a model that is not known, so that nothing is frozen."""
+        return Plan(_resolve(registry, name), options).optimizer(lambda: params)
+
+    # A class, as every entry of a registry has one.
+    kind = builder_class("".join(part.capitalize() for part in name.split("_")), build, module=__name__)
     host = registry._optimizers.get(name.removeprefix(PREFIX))
     if host is not None and name not in NATIVE:
-        return replace(host, opt_class=build, description=f"SING in front of {host.description}", defaults=None)
+        return replace(host, opt_class=kind, description=f"SING in front of {host.description}", defaults=None)
     named = resolve(name)
     return factory.OptimInfo(
         name,
-        build,
+        kind,
         f"SING (stabilized and normalized gradient) with the host {named.host}",
-        has_eps="eps" in named.parsers(),
+        has_eps="eps" in named.options,
         has_momentum=_takes_momentum(named),
-        has_betas="betas" in named.parsers(),
+        has_betas="betas" in named.options,
     )
 
 
 def _takes_momentum(named: Named) -> bool:
     """Whether timm's momentum, 0.9 if nobody asks, is for this optimizer: SING's Adafactor is without by default."""
-    return "momentum" in named.parsers() and named.host != "adafactor"
+    return "momentum" in named.options and named.host != "adafactor"
 
 
 def _compact(name: str) -> str:
@@ -184,4 +164,4 @@ def _compact(name: str) -> str:
 
 
 def _is_ours(info: factory.OptimInfo) -> bool:
-    return isinstance(info.opt_class, functools.partial) and info.opt_class.func is _build
+    return getattr(info.opt_class, "__module__", None) == __name__

@@ -15,21 +15,25 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
+from sing_plugins.adapter import Hooks
 from sing_plugins.autoload import loaded
 from sing_plugins.messages import hint_clipping
-from sing_plugins.names import NATIVE, PREFIX, HostFactory, create_optimizer, resolve, split_options, valid_names
+from sing_plugins.names import NATIVE, PREFIX, Named, resolve, valid_names
+from sing_plugins.options import split_options
+from sing_plugins.plan import Plan, builder_class
 
 __all__ = ["is_patched", "patch", "unpatch"]
 
 DEFAULT_LEARNING_RATE = 5e-5  # TrainingArguments.learning_rate, when nothing is asked for
-_METHOD = "get_optimizer_cls_and_kwargs"
 
 # Trainer's optimizers that cannot be wrapped: they step during backward, switch weights between training and
 # evaluation, or come with param groups of their own in which low-rank projections are set up.
@@ -38,7 +42,8 @@ _NO_HOST = re.compile(r"lomo|layerwise|schedule_free|galore|apollo")
 # What is an argument of Trainer's own, under that name, and so no option in optim_args.
 _TRAINER_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
-_hooked: dict[type, tuple[Any, Any]] = {}  # Trainer -> (our static method, its own)
+_hooks = Hooks()
+_in_trainers_own: ContextVar[bool] = ContextVar("in_trainers_own", default=False)  # else an override made the groups
 
 
 def patch() -> None:
@@ -46,8 +51,9 @@ def patch() -> None:
     training_args, trainer = loaded("transformers.training_args"), loaded("transformers.trainer")
     if training_args is not None:
         _add_names(training_args.OptimizerNames)
-    if trainer is not None and trainer.Trainer not in _hooked:
-        _hook(trainer.Trainer)
+    if trainer is not None:
+        _hooks.hook(trainer.Trainer, "get_optimizer_cls_and_kwargs", _get_optimizer_cls_and_kwargs)
+        _hooks.hook(trainer.Trainer, "create_optimizer", _create_optimizer)
 
 
 def unpatch() -> None:
@@ -55,10 +61,7 @@ def unpatch() -> None:
     training_args = loaded("transformers.training_args")
     if training_args is not None:
         _remove_names(training_args.OptimizerNames)
-    for trainer, (ours, own) in _hooked.items():
-        if vars(trainer)[_METHOD] is ours:  # else somebody's hook is on top of ours, and ours has no name left
-            setattr(trainer, _METHOD, own)
-    _hooked.clear()
+    _hooks.unhook()
 
 
 def is_patched() -> bool:
@@ -100,33 +103,37 @@ def _hosts(names: type[Enum]) -> list[str]:
     return [member.value for member in names if not _is_ours(member) and not _NO_HOST.search(member.value)]
 
 
-def _hook(trainer: type) -> None:
-    own = vars(trainer)[_METHOD]
+def _create_optimizer(own: Callable[..., Any]) -> Callable[..., Any]:
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _in_trainers_own.set(True)
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            _in_trainers_own.reset(token)
 
-    @functools.wraps(own.__func__)
+    return create_optimizer
+
+
+def _get_optimizer_cls_and_kwargs(own: Callable[..., Any]) -> Callable[..., Any]:
     def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         name = str(getattr(args.optim, "value", args.optim))  # a plain string where the arguments were unpickled
         if name not in valid_names(_hosts(_optimizer_names())):
-            result: tuple[Any, dict[str, Any]] = own.__func__(args, model)
+            result: tuple[Any, dict[str, Any]] = own(args, model)
             return result
-        if model is None:
-            raise ValueError(f"Invalid model: None. {name} goes by the model's layers: {_METHOD}(args, model).")
-        return _class_and_options(name, args, model, own.__func__)
+        return _class_and_options(name, args, model, own)
 
-    ours = staticmethod(get_optimizer_cls_and_kwargs)
-    _hooked[trainer] = ours, own
-    setattr(trainer, _METHOD, ours)
+    return get_optimizer_cls_and_kwargs
 
 
 def _class_and_options(
-    name: str, args: Any, model: nn.Module, own: Callable[..., Any]
+    name: str, args: Any, model: nn.Module | None, own: Callable[..., Any]
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """What Trainer calls with its param groups, and the keyword arguments that it passes on.
 
     Args:
         name: one of ours.
         args: TrainingArguments.
-        model: the model that is trained.
+        model: the model that is trained; None where a tool leaves it out, so that nothing can be frozen.
         own: Trainer's method.
 
     Raises:
@@ -138,49 +145,46 @@ def _class_and_options(
             raise ValueError(
                 f"Invalid optim_args: {option}={given[option]}. Trainer has an argument for it: {argument}."
             )
-    hosts, options = _host_and_options(name, args, model, own)
+    named, options = _host_and_options(name, args, model, own)
 
-    class Sing(Optimizer):
-        """Builds SING. It is a class, because what is none gets the model from Trainer instead of its param groups."""
+    def build(params: ParamsT, **options: Any) -> Optimizer:
+        plan = Plan(named, {"weight_decay": args.weight_decay, **options}, model, framework_lr=DEFAULT_LEARNING_RATE)
+        is_own = _in_trainers_own.get()
+        if is_own and plan.options.get("decay_all"):
+            params = [{**group, "weight_decay": args.weight_decay} for group in params]  # type: ignore[dict-item]
+        optimizer = plan.optimizer(lambda: params, split=is_own, everything=is_own)
+        # Trainer clips at 1 unless told otherwise: no hint about what nobody has asked for.
+        if plan.options.get("normalize", True) and args.max_grad_norm != _default_of(args, "max_grad_norm"):
+            hint_clipping("max_grad_norm", args.max_grad_norm or 0.0)
+        return optimizer
 
-        def __new__(cls, params: Iterable[Any], **options: Any) -> Optimizer:  # type: ignore[misc]
-            options = {"weight_decay": args.weight_decay, **options}
-            groups = list(params)
-            if groups and not isinstance(groups[0], dict):  # model.parameters(), from an override of create_optimizer
-                groups = [{"params": groups}]
-            if options.get("decay_all"):
-                groups = [
-                    {**group, "weight_decay": group.get("weight_decay") or options["weight_decay"]} for group in groups
-                ]
-            optimizer = create_optimizer(
-                model, name, groups=groups, hosts=hosts, framework_lr=DEFAULT_LEARNING_RATE, **options
-            )
-            if options.get("normalize", True):
-                hint_clipping("max_grad_norm", args.max_grad_norm)
-            return optimizer
-
-    for host in hosts.values():  # Trainer keeps embeddings in 32 bits where it reads "bitsandbytes" in the class's name
-        Sing.__module__ = host.__module__
-    return Sing, resolve(name, hosts).parse({**options, **given})
+    # What is no class gets the model from Trainer instead of its param groups; and Trainer keeps embeddings in 32 bits
+    # where it reads "bitsandbytes" in the class's module.
+    kind = builder_class("Sing", build, module=getattr(getattr(named, "factory", None), "__module__", __name__))
+    return kind, named.parse({**options, **given})
 
 
 def _host_and_options(
-    name: str, args: Any, model: nn.Module, own: Callable[..., Any]
-) -> tuple[dict[str, HostFactory], dict[str, Any]]:
-    """The host where it is one of Trainer's, and the options that follow from Trainer's arguments."""
+    name: str, args: Any, model: nn.Module | None, own: Callable[..., Any]
+) -> tuple[Named, dict[str, Any]]:
+    """What the name means, and the options that follow from Trainer's arguments."""
     host = name.removeprefix(PREFIX)
     if name not in NATIVE and host in _hosts(_optimizer_names()):
         host_args = copy.copy(args)
         host_args.optim, host_args.optim_args = _optimizer_names()(host), None
         factory, options = own(host_args, model)
-        return {host: factory}, options
+        return resolve(name, {host: factory}), options
+    named = resolve(name)
     options = {"lr": args.learning_rate}
-    parsers = resolve(name).parsers()
-    if "betas" in parsers:
+    if "betas" in named.options:
         options["betas"] = (args.adam_beta1, args.adam_beta2)
-    if "betas" in parsers or name in NATIVE:  # elsewhere eps is no Adam's, and its scale is another
+    if "betas" in named.options or name in NATIVE:  # elsewhere eps is no Adam's, and its scale is another
         options["eps"] = args.adam_epsilon
-    return {}, options
+    return named, options
+
+
+def _default_of(args: Any, field: str) -> Any:
+    return type(args).__dataclass_fields__[field].default
 
 
 def _optimizer_names() -> Any:

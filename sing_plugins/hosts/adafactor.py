@@ -29,7 +29,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
         change = sharded_like(param, change)
         rms = norm(change) / change.numel() ** 0.5
         change.mul_(group["lr"] / (rms / group["clip_threshold"]).clamp_(min=1.0))
-        if group["momentum"]:
+        if group.get("momentum"):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(param)
             change = state["exp_avg"].lerp_(change, 1 - group["momentum"])
@@ -47,4 +47,4 @@ def _denominator(square: Tensor, decay: float, state: State, group: Group) -> Te
     return root if group["softplus_beta"] is None else calibrate([root], group)[0]
 
 
-HOST = Host("adafactor", {"decay_rate": 0.8, "clip_threshold": 1.0, "momentum": 0.0}, init_state, update)
+HOST = Host("adafactor", {"decay_rate": 0.8, "clip_threshold": 1.0}, init_state, update, without_default=("momentum",))

@@ -26,6 +26,8 @@ class Host:
         update: changes parameters and states in place from standardized gradients. Called with lists of equal length
             and at least one entry, all of one device and dtype, after weight decay and after ``step`` was counted.
         softplus: whether the host has a denominator for softplus to calibrate.
+        without_default: further hyper-parameters, which a param group has only where they are given and not zero, so
+            that a schedule which finds one in the defaults does not switch it on.
     """
 
     name: str
@@ -33,6 +35,12 @@ class Host:
     init_state: Callable[[Tensor, Group], State]
     update: Callable[[Tensors, Tensors, list[State], Group], None]
     softplus: bool = True
+    without_default: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of the hyper-parameters that only this host has."""
+        return (*self.defaults, *self.without_default)
 
 
 def column(states: Sequence[State], key: str) -> Tensors:

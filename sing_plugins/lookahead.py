@@ -1,0 +1,128 @@
+"""Lookahead (Zhang et al. 2019) around an optimizer: its slow weights, its phase, and changes from outside.
+
+Slow weights live in the optimizer's state, the phase and the options in its param groups, so that a state dict has all
+of them. What is kept here besides is how each step left the weights. Where a step finds them otherwise, somebody else
+has changed them (restored a checkpoint, merged an adapter, replaced a tensor), and slow weights from before would pull
+them back: they begin anew at what was found.
+
+A change is told by the tensor's version counter, which every operation on it raises, and by its address. That costs no
+look at the entries, on any device. Operations on ``tensor.data`` or through NumPy leave no trace in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sing_plugins.messages import say
+from sing_plugins.standardize import is_dtensor
+
+SLOW = "lookahead_params"
+PHASE = "lookahead_step"
+
+_Mark = tuple[int, int]
+
+
+class Lookahead:
+    """The Lookahead of one optimizer.
+
+    Args:
+        prefix: what the keys of its options in the param groups begin with.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._k, self._alpha, self._phase = prefix + "lookahead_k", prefix + "lookahead_alpha", prefix + PHASE
+        self._left: dict[Tensor, _Mark | None] = {}
+
+    def trust(self, groups: list[dict[str, Any]]) -> None:
+        """Take the weights that the next step finds for those that belong to the state, as after loading it.
+
+        Weights and state are loaded one after the other, in whichever order.
+        """
+        self._left = {param: None for group in groups for param in group["params"]}
+
+    def drop(self, group: dict[str, Any], state: Mapping[Tensor, Any]) -> None:
+        """Forget a group's slow weights and phase: the next step begins a cycle."""
+        group[self._phase] = 0
+        for param in group["params"]:
+            if param in state:
+                state[param].pop(SLOW, None)
+
+    def begin(self, group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> list[Tensor]:
+        """Prepare a step: drop the slow weights of a Lookahead that is off, or that belong to other weights.
+
+        Args:
+            group: the param group.
+            params: those of its parameters that are about to be updated.
+            state: the optimizer's.
+
+        Returns:
+            The parameters whose slow weights are to begin at the weights that they have now.
+        """
+        if group[self._k] is None:
+            self.drop(group, state)
+            return []
+        starting, changed = [], 0
+        for param in params:
+            if SLOW not in state.get(param, ()):
+                starting.append(param)
+            elif self._left.get(param, _NEVER) not in (None, _mark(param)):
+                starting.append(param)
+                changed += 1
+        if changed:
+            say(f"the weights of {changed} tensors were changed since the last step. {_GOES_ON}", once=True)
+        return starting
+
+    def is_due(self, group: dict[str, Any]) -> bool:
+        """Count a step of the group's cycle; whether its slow weights are merged now."""
+        period = group[self._k]
+        if period is None:
+            return False
+        step = group[self._phase] + 1
+        group[self._phase] = step if step < period else 0
+        return bool(step >= period)
+
+    def merge(self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
+        """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place, for tensors of one device and dtype."""
+        slow = [state[param][SLOW] for param in params]
+        torch._foreach_lerp_(slow, [p.to(s.dtype) for p, s in zip(params, slow, strict=True)], group[self._alpha])
+        copy_into(params, slow)
+
+    def end(self, live: Sequence[tuple[dict[str, Any], list[list[Tensor]]]]) -> None:
+        """Note how a step has left the weights.
+
+        Args:
+            live: the param groups, each with the tensors that the step has updated, in batches.
+        """
+        known = 0
+        for group, batches in live:
+            known += len(group["params"])
+            if group[self._k] is not None:
+                self._left.update((param, _mark(param)) for batch in batches for param in batch)
+        if len(self._left) > known:  # parameters that have left the groups must not be kept alive
+            kept = {param for group, _ in live for param in group["params"]}
+            self._left = {param: mark for param, mark in self._left.items() if param in kept}
+
+    def give_up(self, params: Iterable[Tensor]) -> None:
+        """Note that a step failed and may have moved weights, which is no change from outside then."""
+        self._left.update(dict.fromkeys(params))
+
+
+_NEVER: _Mark = (-1, -1)  # of a parameter whose state somebody has put there by hand
+_GOES_ON = "Lookahead goes on from what they are now, not from its slow weights."
+
+
+def copy_into(params: list[Tensor], values: list[Tensor]) -> None:
+    """``p ← value``, in place, whatever their dtypes."""
+    if is_dtensor(params[0]):  # has no multi-tensor copy
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)
+    else:
+        torch._foreach_copy_(params, values)
+
+
+def _mark(param: Tensor) -> _Mark:
+    return param._version, param.data_ptr()  # which is 0 for a DTensor: where its shard lies is its engine's affair
