@@ -28,6 +28,9 @@ _KINDS: dict[str, frozenset[Kind]] = {
 # was frozen already. It lies in the module so that copies and pickles of the model have it too.
 _RECORD = "_sing_frozen"
 
+# Path components below which PEFT keeps the layers that it was asked to train.
+_ASKED_FOR = frozenset({"modules_to_save", "ln_tuning_layers"})
+
 # Path components that wrappers of a module put into the names of its parameters.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -38,7 +41,8 @@ class Owned:
 
     Attributes:
         name, leaf: its name in the model and in its owner.
-        in_frozen_layers: whether most of the parameters around it, normalization aside, are frozen.
+        in_frozen_layers: whether most of the parameters around it, normalization aside, are frozen, or PEFT says that
+            it is to be trained all the same: its adapters may outweigh what they adapt.
     """
 
     name: str
@@ -206,7 +210,8 @@ def owned_parameters(model: nn.Module) -> Iterator[Owned]:
     for path, module, leaf, parameter, what in found:
         around = next((above for above in _upwards(path) if entries[above]), "")
         name = f"{path}.{leaf}" if path else leaf
-        yield Owned(name, module, leaf, parameter, what, 2 * trained[around] < entries[around])
+        in_frozen_layers = 2 * trained[around] < entries[around] or not _ASKED_FOR.isdisjoint(path.split("."))
+        yield Owned(name, module, leaf, parameter, what, in_frozen_layers)
 
 
 def _upwards(path: str) -> Iterator[str]:

@@ -531,7 +531,10 @@ BY_NAME = {
         "from transformers import TrainingArguments",
         "[name.value for name in importlib.import_module('transformers.training_args').OptimizerNames]",
     ),
-    "timm": ("from timm.optim import create_optimizer_v2", "importlib.import_module('timm.optim').list_optimizers()"),
+    "timm": (
+        "from timm.optim import create_optimizer_v2",
+        "importlib.import_module('timm.optim').list_optimizers('sing*')",
+    ),
     "fairseq": ("from fairseq import options", "list(importlib.import_module('fairseq.optim').OPTIMIZER_REGISTRY)"),
 }
 
@@ -627,7 +630,7 @@ warnings.simplefilter("error", RuntimeWarning)
 import timm.optim._optim_factory as factory
 for _ in range(2):
     importlib.reload(factory)
-    assert "sing_adamw" in factory.list_optimizers()
+    assert "sing_adamw" in factory.list_optimizers("sing*")
 """)
 
 
@@ -652,7 +655,7 @@ from sing_plugins import autoload
 timm_table = dataclasses.replace(autoload.FRAMEWORKS["timm"], supported=("0.1", "0.2"))
 autoload.FRAMEWORKS["timm"] = timm_table
 import timm, timm.optim
-assert not any("sing" in name for name in timm.optim.list_optimizers())
+assert not any("sing" in name for name in timm.optim.list_optimizers("sing*"))
 assert build("adamw") == "torch.optim.adamw.AdamW"
 assert "SING supports timm >=0.1,<0.2, and this is 1." in refusal("sing_adamw"), refusal("sing_adamw")
 """
@@ -744,7 +747,7 @@ assert build("sing_adamw") == "sing_plugins.optimizer.SING"
 @pytest.mark.parametrize(
     ("module", "use"),
     {
-        "timm.optim": "assert 'sing_adamw' in module.list_optimizers()",
+        "timm.optim": "assert 'sing_adamw' in module.list_optimizers('sing*')",
         "transformers.training_args": "assert 'sing_adamw' in [name.value for name in module.OptimizerNames]",
     }.items(),
 )
@@ -913,7 +916,7 @@ def test_a_script_named_like_us_runs_once(tmp_path: Path) -> None:
 
 def test_an_empty_folder_named_like_us_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / "sing_plugins").mkdir()
-    code = "from timm.optim import list_optimizers\nassert 'sing_adamw' in list_optimizers()"
+    code = "from timm.optim import list_optimizers\nassert 'sing_adamw' in list_optimizers('sing*')"
     assert "SING is not registered" not in run(code, cwd=tmp_path).stderr
 
 
@@ -924,7 +927,7 @@ def version(name): raise metadata.PackageNotFoundError(name)
 import torch
 metadata.version = version
 import timm.optim
-assert "sing_adamw" in timm.optim.list_optimizers()
+assert "sing_adamw" in timm.optim.list_optimizers("sing*")
 """)
 
 
@@ -956,7 +959,7 @@ import multiprocessing
 
 def names():
     from timm.optim import list_optimizers
-    return list_optimizers()
+    return list_optimizers("sing*")
 
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:

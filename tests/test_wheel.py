@@ -188,7 +188,7 @@ def test_with_all_frameworks_every_name_is_known_with_no_import_of_ours(environm
         "-c",
         "import timm.optim, transformers, fairseq.options, accelerate\n"
         "transformers.TrainingArguments('/nowhere', optim='sing_adamw')\n"
-        "assert {'sing_adamw', 'sing_lamb'} <= set(timm.optim.list_optimizers())",
+        "assert {'sing_adamw', 'sing_lamb'} <= set(timm.optim.list_optimizers('sing*'))",
     )
     _, _, choices = run(python, "-m", "fairseq_cli.train", "--help").partition("--optimizer {")
     assert "sing" in choices.partition("}")[0].split(",")

@@ -105,6 +105,8 @@ ADAPTERS = {
     "IA3": IA3Config(feedforward_modules=[], **TARGETS),
 }
 NORMS = LoraConfig(modules_to_save=["classifier", "LayerNorm"], **TARGETS)
+# An adapter that has more entries than what it adapts.
+LARGE = LoraConfig(r=48, target_modules="all-linear", modules_to_save=["classifier", "LayerNorm"], task_type="SEQ_CLS")
 NORM_TUNING = LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")
 
 
@@ -143,7 +145,7 @@ def test_an_adapter_is_trained_as_in_a_loop_by_hand_and_its_base_is_left_alone(k
     assert_close(ours, weights(by_hand))
 
 
-@pytest.mark.parametrize("config", [NORMS, NORM_TUNING], ids=["modules_to_save", "LN tuning"])
+@pytest.mark.parametrize("config", [NORMS, LARGE, NORM_TUNING], ids=["modules_to_save", "large rank", "LN tuning"])
 def test_norms_that_an_adapter_trains_are_trained_and_a_line_says_so(
     config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

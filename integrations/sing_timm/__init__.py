@@ -35,6 +35,7 @@ def patch() -> None:
         return
     names = valid_names(_hosts(factory.default_registry))
     _hooks.hook(factory.OptimizerRegistry, _METHOD, _create_optimizer)
+    _hooks.hook(factory.OptimizerRegistry, "list_optimizers", _list_optimizers)
     for name in names:
         info = _info(factory.default_registry, name)
         for spelling in {name, _compact(name)}:
@@ -92,6 +93,18 @@ def _create_optimizer(own: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return create
+
+
+def _list_optimizers(own: Callable[..., Any]) -> Callable[..., Any]:
+    def list_optimizers(registry: factory.OptimizerRegistry, filter: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Ours are in the list for whoever asks for sing: programs that go through all of it mean timm's own."""
+        found = own(registry, filter, *args, **kwargs)
+        if any("sing" in pattern for pattern in ([filter] if isinstance(filter, str) else filter)):
+            return found
+        entries = registry._optimizers
+        return [entry for entry in found if not _is_ours(entries[entry if isinstance(entry, str) else entry[0]])]
+
+    return list_optimizers
 
 
 class _Echo(Optimizer):
