@@ -116,7 +116,7 @@ class Plan:
             TypeError, ValueError: as any torch optimizer for such params, or the model has nothing to train.
         """
         if self.model is None or self._choice is None:
-            return read_groups(params or ())
+            return read_groups(() if params is None else params)
         decay = float(self.options.get("weight_decay", 0.0))
         if params is None:
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -431,6 +431,11 @@ def test_plain_parameters_are_not_frozen(opt: str, caplog: pytest.LogCaptureFixt
         create_optimizer_v2(model.parameters(), opt=opt, lookahedk=3)
 
 
+def test_a_bare_tensor_is_refused_in_torchs_words() -> None:
+    with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
+        create_optimizer_v2(torch.ones(2, requires_grad=True), opt="sing_adamw")
+
+
 # --- options
 
 
