@@ -19,6 +19,11 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Blocks of this many entries keep the error below 1e-6; their norms are then combined in float64.
 CPU_NORM_BLOCK = 16384
 
+_WITHOUT_FLOAT64 = ("mps",)
+
+# Squares of the entries that make up a smaller norm are denormal, or zero.
+_SAFE = {dtype: torch.finfo(dtype).tiny ** 0.5 * 1e4 for dtype in (torch.float32, torch.float64)}
+
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
@@ -50,11 +55,22 @@ def centralize(grad: Tensor, rows_of_one: bool = False) -> Tensor:
 
 
 def norm(grad: Tensor) -> Tensor:
-    """Γ: the Euclidean norm over all entries, as a 0-d tensor of ``grad``'s dtype (equation 3)."""
-    if grad.numel() > CPU_NORM_BLOCK and grad.device.type == "cpu" and not is_dtensor(grad):
+    """Γ: the Euclidean norm over all entries, as a 0-d tensor (equation 3)."""
+    if not _may_be_read(grad):
+        return _norm_in_double(grad)
+    if grad.numel() > CPU_NORM_BLOCK:
         blocks = torch.stack(torch._foreach_norm(torch.split(grad.reshape(-1), CPU_NORM_BLOCK)))
         return _vector_norm(blocks, dtype=torch.float64).to(grad.dtype)
     return _vector_norm(grad)
+
+
+def _norm_in_double(grad: Tensor) -> Tensor:
+    """Γ, the squares summed up in float64, which those of float32 cannot overflow: an overflow would go unseen."""
+    dtype = torch.float64 if grad.device.type not in _WITHOUT_FLOAT64 else None
+    if is_dtensor(grad):
+        return _vector_norm(grad, dtype=dtype)
+    (length,) = torch._foreach_norm([grad], 2, dtype)  # reads the tensor as it is, of which the other makes a copy
+    return length
 
 
 def standardize(
@@ -84,7 +100,7 @@ def standardize(
         centred = _centralize(grad, rows_of_one) if centralize else grad
         if normalize:
             length = norm(centred)
-            if _overflows(length):
+            if grad.numel() and _may_be_read(length) and not _SAFE[length.dtype] < length.item() < math.inf:
                 # The sum of the squares is beyond the dtype, or the sums of the means are: that of 1e20 in float32.
                 scale = _largest(grad)
                 centred = _centralize(grad / scale, rows_of_one) if centralize else grad / scale
@@ -95,15 +111,15 @@ def standardize(
     return standardized
 
 
-def _overflows(length: Tensor) -> bool:
-    """Whether a norm on the CPU is infinite or NaN; to look at it on an accelerator would cost a synchronization."""
-    return length.device.type == "cpu" and not is_dtensor(length) and not math.isfinite(length.item())
+def _may_be_read(tensor: Tensor) -> bool:
+    """Whether a look at a tensor's entries costs nothing; it waits for the device or for other ranks elsewhere."""
+    return tensor.device.type == "cpu" and not is_dtensor(tensor)
 
 
 def _largest(grad: Tensor) -> Tensor:
-    """The largest finite magnitude to scale by; 1 where an entry is infinite or NaN, which no scale would mend."""
+    """The largest magnitude to scale by; 1 where it is zero, infinite or NaN, which no scale would mend."""
     largest = grad.abs().amax()
-    return largest if largest.isfinite() else torch.ones_like(largest)
+    return largest if 0 < largest < math.inf else torch.ones_like(largest)
 
 
 def sharded_like(original: Tensor, result: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 
 from sing_plugins import SING, wrap
+from sing_plugins.standardize import standardize
 
 STEPS = 12
 SCENARIOS: dict[str, Callable[[], None]] = {}
@@ -118,6 +119,15 @@ def fsdp2() -> None:
             model = sharded(init_device_mesh("cpu", (2,)))
             run(model, create(model.parameters()), range(STEPS), split=True)
             assert_as_alone(model, create)
+
+
+@scenario
+def fsdp2_gradients_whose_squares_overflow() -> None:
+    """In float32 the norm would be infinite and the update zero."""
+    mesh, whole = init_device_mesh("cpu", (2,)), torch.rand(5, 3, dtype=torch.float64) + 0.1
+    (expected,) = standardize([whole])
+    (shard,) = standardize([distribute_tensor((whole * 1e25).float(), mesh)])
+    torch.testing.assert_close(shard.full_tensor().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @scenario

@@ -11,7 +11,7 @@ from reference import centralized, normalized
 from torch import nn
 
 from sing_plugins import SING
-from sing_plugins.standardize import centralize, norm, standardize
+from sing_plugins.standardize import _norm_in_double, centralize, norm, standardize
 
 BARE = {"host": "sgd", "momentum": 0.0, "lookahead_k": None}  # equation 2 alone: no momentum, no Lookahead
 
@@ -145,6 +145,19 @@ def test_gradients_whose_squares_overflow_are_standardized_like_small_ones(
     (expected,) = standardize([grad])
     (huge,) = standardize([(grad * scale).to(dtype)])
     torch.testing.assert_close(huge.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_whose_squares_vanish_are_divided_by_their_norm() -> None:
+    grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (expected,) = standardize([grad], eps=0.0)
+    (tiny,) = standardize([(grad * 1e-30).float()], eps=0.0)
+    torch.testing.assert_close(tiny.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_that_is_not_looked_at_does_not_overflow() -> None:
+    """As on an accelerator: whatever the norm, the same operations run, and no entry is infinite."""
+    assert _norm_in_double(torch.full((10_000,), 1e25)).item() == pytest.approx(1e27)
+    assert _norm_in_double(torch.full((10_000,), 1e-30)).item() == pytest.approx(1e-28)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
