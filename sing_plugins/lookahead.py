@@ -11,7 +11,7 @@ look at the entries, on any device. Operations on ``tensor.data`` or through Num
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,19 +91,19 @@ class Lookahead:
         torch._foreach_lerp_(slow, [p.to(s.dtype) for p, s in zip(params, slow, strict=True)], group[self._alpha])
         copy_into(params, slow)
 
-    def end(self, live: Sequence[tuple[dict[str, Any], list[list[Tensor]]]]) -> None:
+    def end(self, updated: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
         """Note how a step has left the weights.
 
         Args:
-            live: the param groups, each with the tensors that the step has updated, in batches.
+            updated: the param groups, each with the tensors that the step has updated.
         """
-        known = 0
-        for group, batches in live:
-            known += len(group["params"])
+        groups = []
+        for group, params in updated:
+            groups.append(group)
             if group[self._k] is not None:
-                self._left.update((param, _mark(param)) for batch in batches for param in batch)
-        if len(self._left) > known:  # parameters that have left the groups must not be kept alive
-            kept = {param for group, _ in live for param in group["params"]}
+                self._left.update((param, _mark(param)) for param in params)
+        if len(self._left) > sum(len(group["params"]) for group in groups):  # those that have left are not kept alive
+            kept = {param for group in groups for param in group["params"]}
             self._left = {param: mark for param, mark in self._left.items() if param in kept}
 
     def give_up(self, params: Iterable[Tensor]) -> None:

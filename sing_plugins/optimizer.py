@@ -11,10 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state
 from sing_plugins.hosts import HOSTS
+from sing_plugins.kernels import asked_for
+from sing_plugins.kernels.cpu import takes_state
 from sing_plugins.lookahead import copy_into
-from sing_plugins.options import check_options, plain
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, check_options, plain
 from sing_plugins.standardize import working_dtype
-from sing_plugins.step import Batch, Standardizing
+from sing_plugins.step import Batch, Standardizing, gradient
 
 # The options that only some hosts have; None in the constructor stands for the host's own default.
 HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
@@ -40,9 +42,11 @@ class SING(Standardizing):
             off, and by adabelief to its variance. Default 1e-8.
         weight_decay: decoupled: ``p ← p (1 - lr · weight_decay)`` before the update. Usually a tenth of AdamW's.
             Reaches tensors of more than one dimension only, unless ``decay_all``. Default 0.
-        foreach: update all tensors of a group at once (True) or one after the other (False). The default None takes
-            the faster: at once on accelerators, one after the other on the CPU, where a tensor stays in the cache.
+        foreach: torch's name for ``implementation="foreach"`` (True) and ``"loop"`` (False); None leaves it to that.
         maximize: ascend instead of descending.
+        implementation: ``"fused"``, ``"foreach"``, ``"loop"``, or ``"auto"`` (default): fused where a kernel takes the
+            tensor (see :mod:`sing_plugins.kernels`), else foreach on accelerators and loop on the CPU. What is asked
+            to be fused and cannot be is updated by foreach.
         host: ``"adamw"``, ``"adabelief"``, ``"adafactor"`` or ``"sgd"``; for any other optimizer see
             :func:`sing_plugins.wrap`.
         momentum: sgd (default 0.9); adafactor's first moment (default 0: none).
@@ -79,6 +83,7 @@ class SING(Standardizing):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        implementation: str = "auto",
         host: str = "adamw",
         momentum: float | None = None,
         nesterov: bool | None = None,
@@ -105,6 +110,7 @@ class SING(Standardizing):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
+            "implementation": implementation,
             "differentiable": False,  # unpickling a torch optimizer adds it to the defaults
             "host": host,
             "centralize": centralize,
@@ -188,8 +194,31 @@ class SING(Standardizing):
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.to(working_dtype(param), copy=True)
 
-    def _update(self, params: Batch, group: ParamGroup) -> None:
-        grads = self._standardized(params, group)
+    def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
+        return asked_for(group), group["host"]
+
+    def _update(self, batch: Batch, group: ParamGroup, merge: bool) -> None:
+        if batch.implementation != FUSED:
+            self._update_by_torch(batch, group)
+            super()._update(batch, group, merge)
+            return
+        left_over = self._update_by_kernel(batch.params, group, merge)
+        for param in left_over:
+            self._update(Batch(LOOP, [param]), group, merge)
+
+    def _update_by_kernel(self, params: list[Tensor], group: ParamGroup, merge: bool) -> list[Tensor]:
+        """Update what the kernel takes; the parameters that are left."""
+        states = [self._state(param, param, group) for param in params]
+        taken = [i for i, param in enumerate(params) if takes_state(param, states[i], group, merge)]
+        if len({params[i].data_ptr() for i in taken}) < len(taken):  # threads would meet there
+            return params
+        if taken:
+            chosen, of_chosen = [params[i] for i in taken], [states[i] for i in taken]
+            self._kernel.step(chosen, list(map(gradient, chosen)), of_chosen, group, merge)
+        return [params[i] for i in set(range(len(params))) - set(taken)] if len(taken) < len(params) else []
+
+    def _update_by_torch(self, batch: Batch, group: ParamGroup) -> None:
+        params, grads = batch.params, self._standardized(batch, group)
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         low_precision = working_dtype(params[0]) != params[0].dtype
@@ -236,6 +265,11 @@ def _check_group(group: ParamGroup, host: str) -> None:
     if group["host"] != host:
         raise ValueError(f"Invalid host: {group['host']!r} in a param group. Accepted: {host!r}, as in all groups.")
     check_options(group)
+    if group["foreach"] is not None and group["implementation"] not in (AUTO, FOREACH if group["foreach"] else LOOP):
+        raise ValueError(
+            f"Invalid foreach: {group['foreach']!r} with the implementation {group['implementation']!r}. Give one of "
+            "the two."
+        )
     if group.get("nesterov") and not group["momentum"]:
         raise ValueError("Invalid nesterov: True with momentum 0. Give a momentum > 0 or leave nesterov out.")
     if not HOSTS[host].softplus and group["softplus_beta"] not in (None, 50.0):

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import Any, ClassVar, cast, overload
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from sing_plugins.checks import ParamGroup, check_gradient
+from sing_plugins.kernels import implementation_of
+from sing_plugins.kernels.cpu import Kernel
 from sing_plugins.lookahead import SLOW, Lookahead
+from sing_plugins.options import AUTO, FUSED, LOOP
 from sing_plugins.sharding import WholeTensors
 from sing_plugins.standardize import standardize
 
-Batch = list[Tensor]
+
+class Batch(NamedTuple):
+    """Tensors that one call updates.
+
+    Attributes:
+        implementation: see :mod:`sing_plugins.kernels`.
+        params: the parameters, of one device and dtype.
+    """
+
+    implementation: str
+    params: list[Tensor]
+
+
 Live = list[tuple[ParamGroup, list[Batch]]]
 
 
@@ -33,6 +46,7 @@ class Standardizing(Optimizer):
 
     _lookahead: Lookahead
     _whole: WholeTensors
+    _kernel: Kernel
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_whole": self._whole}
@@ -42,7 +56,7 @@ class Standardizing(Optimizer):
         if "_whole" not in vars(self):
             self._whole = WholeTensors()
             self._whole.declare(self.param_groups)
-        self._lookahead = Lookahead(self._prefix)
+        self._lookahead, self._kernel = Lookahead(self._prefix), Kernel()
         self._lookahead.trust(self.param_groups)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -52,7 +66,7 @@ class Standardizing(Optimizer):
             ValueError: as the constructor, before anything is changed.
         """
         if "_whole" not in vars(self):  # the constructor adds its groups so
-            self._whole, self._lookahead = WholeTensors(), Lookahead(self._prefix)
+            self._whole, self._lookahead, self._kernel = WholeTensors(), Lookahead(self._prefix), Kernel()
         self._add_param_group(param_group)
         self._whole.declare(self.param_groups[-1:])
 
@@ -80,11 +94,9 @@ class Standardizing(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._whole.check(self.param_groups)
-        live: Live = [(group, list(_batches(group))) for group in self.param_groups]
-        for param in _params(live):
-            check_gradient(_gradient(param))
+        live: Live = [(group, self._batches(group)) for group in self.param_groups]
         lookahead, state = self._lookahead, self.state
-        starting = [p for group, batches in live for p in lookahead.begin(group, chain.from_iterable(batches), state)]
+        starting = [p for group, batches in live for p in lookahead.begin(group, _params(batches), state)]
         begun = {param: (param._version, self._slow_weight(param)) for param in starting}
         try:
             self._step_host(live)
@@ -93,16 +105,15 @@ class Standardizing(Optimizer):
             for group, batches in live:
                 is_due = lookahead.is_due(group)
                 for batch in batches:
-                    self._update(batch, group)
-                    if is_due:
-                        lookahead.merge(group, batch, state)
+                    self._update(batch, group, is_due)
         except BaseException:
             for param, (version, weight) in begun.items():
                 if state.get(param) or param._version != version:  # the host has seen it
                     state[param][SLOW] = weight
-            lookahead.give_up(_params(live))
+            for _, batches in live:
+                lookahead.give_up(_params(batches))
             raise
-        lookahead.end(live)
+        lookahead.end((group, _params(batches)) for group, batches in live)
         return loss
 
     def _add_param_group(self, param_group: ParamGroup) -> None:
@@ -114,15 +125,47 @@ class Standardizing(Optimizer):
     def _step_host(self, live: Live) -> None:
         """Make the step of a host that updates all groups at once."""
 
-    def _update(self, params: Batch, group: ParamGroup) -> None:
-        """Update tensors of one device and dtype, where the host updates one batch after the other."""
+    def _update(self, batch: Batch, group: ParamGroup, merge: bool) -> None:
+        """Update tensors where the host updates one batch after the other, then merge their slow weights if due."""
+        if merge:
+            self._lookahead.merge(group, batch.params, self.state)
 
-    def _standardized(self, params: Batch, group: ParamGroup) -> list[Tensor]:
+    def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
+        """The implementation that is wanted for a group, and the host that it would have to know."""
+        return AUTO, None
+
+    def _batches(self, group: ParamGroup) -> list[Batch]:
+        """The group's parameters that have a gradient with entries, in lists that one call can take.
+
+        Raises:
+            RuntimeError: sparse or complex gradients.
+        """
+        asked, host = self._implementation(group)
+        batches: dict[object, Batch] = {}
+        for position, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None or not param.numel():
+                continue
+            implementation = implementation_of(param, grad, asked, host)
+            key: object = implementation
+            if implementation != FUSED:
+                check_gradient(grad)
+                mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
+                key = position if implementation == LOOP else (param.device, param.dtype, mesh)
+            if key not in batches:
+                batches[key] = Batch(implementation, [])
+            batches[key].params.append(param)
+        return list(batches.values())
+
+    def _standardized(self, batch: Batch, group: ParamGroup) -> list[Tensor]:
+        grads, eps = [gradient(param) for param in batch.params], group[self._eps]
+        if batch.implementation == FUSED:
+            return self._kernel.standardize(grads, group, self._prefix, eps)
         return standardize(
-            [_gradient(param) for param in params],
+            grads,
             centralize=group[self._prefix + "centralize"],
             normalize=group[self._prefix + "normalize"],
-            eps=group[self._eps],
+            eps=eps,
             rows_of_one=group[self._prefix + "centralize_rows_of_one"],
         )
 
@@ -149,23 +192,9 @@ def sync_lookahead(optimizer: Any) -> None:
         inner._lookahead.drop(group, inner.state)
 
 
-def _batches(group: ParamGroup) -> Iterator[Batch]:
-    """The group's parameters that have a gradient with entries, in lists that one multi-tensor call can take."""
-    params = [param for param in group["params"] if param.grad is not None and param.numel()]
-    batches: dict[object, Batch] = {}
-    for position, param in enumerate(params):
-        foreach = group.get("foreach")
-        if foreach is None:
-            foreach = param.device.type in _get_foreach_kernels_supported_devices()
-        mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
-        key = (param.device, param.dtype, mesh) if foreach else position
-        batches.setdefault(key, []).append(param)
-    yield from batches.values()
+def _params(batches: list[Batch]) -> Iterator[Tensor]:
+    return (param for batch in batches for param in batch.params)
 
 
-def _params(live: Live) -> Iterator[Tensor]:
-    return (param for _, batches in live for batch in batches for param in batch)
-
-
-def _gradient(param: Tensor) -> Tensor:
+def gradient(param: Tensor) -> Tensor:
     return cast(Tensor, param.grad)  # batches hold no parameter without

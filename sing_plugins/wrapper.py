@@ -158,7 +158,7 @@ class Wrapped(Standardizing):
         try:
             for group, batches in live:
                 for batch in batches:
-                    for param, grad in zip(batch, self._standardized(batch, group), strict=True):
+                    for param, grad in zip(batch.params, self._standardized(batch, group), strict=True):
                         grads[param] = param.grad
                         substitute = grad.to(param.dtype)
                         # Some hosts clip in place, which must not reach what standardization left as it was.

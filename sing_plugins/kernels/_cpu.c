@@ -1,0 +1,345 @@
+/* One step of SING for float32 tensors in the memory of the CPU: statistics of all gradients, then one pass over
+   weights and state. Nothing of Python's or torch's is needed: the caller gives addresses and keeps threads apart.
+
+   The work is cut into units, whose size does not depend on the number of threads and whose sums are added in their
+   order, so that the result does not depend on it either. Statistics are summed up in double: neither the square of
+   3e38 nor that of 1e-45 leaves its range, and 1e8 entries cost no digit.
+
+   Compile with -fno-math-errno -fno-trapping-math, never with -ffast-math: NaN and infinity must stay what they are. */
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <math.h>
+#define EXPORT __declspec(dllexport)
+#define INLINE static __forceinline
+#define SIMD __pragma(loop(ivdep))
+#define RESTRICT __restrict
+#define SQRT sqrt
+#define SQRTF sqrtf
+#else
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define SIMD _Pragma("omp simd")
+#define RESTRICT restrict
+#define SQRT __builtin_sqrt
+#define SQRTF __builtin_sqrtf
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DISPATCH 1
+#endif
+
+#define UNIT 131072 /* entries of a unit: 512 kB of gradient */
+#define LANES 16    /* sums that are kept apart, for the processor to add at once */
+
+/* Mirrored in cpu.py, whose ABI and sing_abi's are to be changed with them; every field has eight bytes. */
+typedef struct {
+  float *param, *first, *second, *slow, *step; /* first and second: the host's moments, or momentum buffer and nothing */
+  const float *grad;
+  int64_t rows, columns; /* one row, where rows are not centred */
+  int64_t centred, decays;
+  int64_t row;           /* of its first row among those of all tensors */
+} Tensor;
+
+typedef struct {
+  double lr, weight_decay, eps, beta1, beta2, softplus_beta, momentum, alpha;
+  int64_t host, softplus, normalize, maximize, merge;
+} Options;
+
+typedef struct {
+  int64_t tensor, begin, end; /* rows where the tensor is centred, else entries */
+  int64_t first, last;        /* the units of its tensor */
+} Unit;
+
+/* What of the options and the statistics an entry is updated with. */
+typedef struct {
+  float scale, inverse; /* of the gradient: scale is a power of two, and keeps the inverse of its norm a normal number */
+  float mix1, beta2, mix2, root, size, keep, eps, momentum, alpha;
+} Factors;
+
+enum { ADAMW, ADABELIEF, SGD, SGD_MOMENTUM, SGD_NESTEROV };
+
+/* Sums of (x - shift) and of its square. */
+INLINE void sums(const float *x, int64_t n, double shift, double *sum, double *squares) {
+  double s = 0, q = 0;
+  int64_t i = 0;
+#if defined(__GNUC__)
+  typedef float Floats __attribute__((vector_size(4 * LANES / 4), aligned(4), may_alias));
+  typedef double Doubles __attribute__((vector_size(8 * LANES / 4)));
+  if (n >= LANES) {
+    Doubles s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, q0 = {0}, q1 = {0}, q2 = {0}, q3 = {0};
+    for (; i + LANES <= n; i += LANES) {
+      const Floats *v = (const Floats *)(x + i);
+      Doubles d0 = __builtin_convertvector(v[0], Doubles) - shift, d1 = __builtin_convertvector(v[1], Doubles) - shift;
+      Doubles d2 = __builtin_convertvector(v[2], Doubles) - shift, d3 = __builtin_convertvector(v[3], Doubles) - shift;
+      s0 += d0; s1 += d1; s2 += d2; s3 += d3;
+      q0 += d0 * d0; q1 += d1 * d1; q2 += d2 * d2; q3 += d3 * d3;
+    }
+    s0 = (s0 + s1) + (s2 + s3);
+    q0 = (q0 + q1) + (q2 + q3);
+    s = (s0[0] + s0[1]) + (s0[2] + s0[3]);
+    q = (q0[0] + q0[1]) + (q0[2] + q0[3]);
+  }
+#endif
+  for (; i < n; i++) {
+    double d = x[i] - shift;
+    s += d;
+    q += d * d;
+  }
+  *sum = s;
+  *squares = q;
+}
+
+/* The sum of the squares of a unit's entries, centred where they are to be; their rows' means go into `means`. */
+INLINE double statistics_body(const Tensor *t, int64_t begin, int64_t end, float *means) {
+  double s, q, total = 0;
+  if (!t->centred) {
+    sums(t->grad + begin, end - begin, 0, &s, &q);
+    return q;
+  }
+  for (int64_t row = begin; row < end; row++) {
+    const float *grad = t->grad + row * t->columns;
+    double shift = grad[0]; /* the squares of what is left of a row whose mean is large lose nothing then */
+    sums(grad, t->columns, shift, &s, &q);
+    double centred = q - s * (s / (double)t->columns);
+    total += centred < 0 ? 0 : centred; /* not the other way round: NaN stays */
+    means[t->row + row] = (float)(shift + s / (double)t->columns);
+  }
+  return total;
+}
+
+/* Entries of one row. `host`, `softplus` and `merge` are constants wherever this is inlined. */
+INLINE void update_row(float *RESTRICT param, const float *RESTRICT grad, float *RESTRICT first, float *RESTRICT second,
+                       float *RESTRICT slow, int64_t n, float mean, const Factors *f, const int host,
+                       const int softplus, const int merge) {
+  const float scale = f->scale, scaled_mean = mean * f->scale, inverse = f->inverse, mix1 = f->mix1, beta2 = f->beta2,
+              mix2 = f->mix2, root = f->root, size = f->size, keep = f->keep, eps = f->eps, momentum = f->momentum,
+              alpha = f->alpha;
+  SIMD
+  for (int64_t i = 0; i < n; i++) {
+    float g = (grad[i] * scale - scaled_mean) * inverse, change;
+    if (host == SGD) {
+      change = g;
+    } else if (host == SGD_MOMENTUM || host == SGD_NESTEROV) {
+      float buffer = momentum * first[i] + g;
+      first[i] = buffer;
+      change = host == SGD_NESTEROV ? g + momentum * buffer : buffer;
+    } else {
+      float m = first[i] + mix1 * (g - first[i]);
+      float deviation = host == ADABELIEF ? g - m : g;
+      float v = beta2 * second[i] + mix2 * (deviation * deviation) + (host == ADABELIEF ? eps : 0.f);
+      float y = SQRTF(v) * root; /* with softplus its argument: beta times the root of the corrected moment */
+      first[i] = m;
+      second[i] = v;
+      if (softplus) {
+        /* ln(1 + e^y) = P/Q within 2e-7 up to 14, and y beyond; 5e-7 with the rounding of float32. */
+        float a = y < 14.f ? y : 14.f, beyond = y - a, a2 = a * a, a4 = a2 * a2;
+        float p = ((0.693147302f + 0.716306031f * a) + a2 * (0.360261172f + 0.109994091f * a)) +
+                  a4 * (0.020469334f + 0.00145198999f * a);
+        float q = ((1.f + 0.312074035f * a) + a2 * (0.114210598f + 0.0202806741f * a)) + a4 * 0.0014554183f;
+        change = m * q / (p + beyond * q);
+      } else {
+        change = m / (y + eps);
+      }
+    }
+    float weight = keep * param[i] - size * change;
+    if (merge) {
+      weight = slow[i] + alpha * (weight - slow[i]);
+      slow[i] = weight;
+    }
+    param[i] = weight;
+  }
+}
+
+INLINE void update_rows(const Tensor *t, int64_t begin, int64_t end, const float *means, const Factors *f,
+                        const int host, const int softplus, const int merge) {
+  int64_t columns = t->centred ? t->columns : end - begin, rows = t->centred ? end - begin : 1;
+  int64_t start = t->centred ? begin * columns : begin;
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t at = start + row * columns;
+    update_row(t->param + at, t->grad + at, t->first + at, t->second + at, t->slow + at, columns,
+               t->centred ? means[t->row + begin + row] : 0.f, f, host, softplus, merge);
+  }
+}
+
+INLINE void update_body(const Tensor *t, int64_t begin, int64_t end, const float *means, const Factors *f, int variant) {
+#define VARIANT(HOST, SOFTPLUS, MERGE) \
+  case (HOST) * 4 + (SOFTPLUS) * 2 + (MERGE): \
+    update_rows(t, begin, end, means, f, HOST, SOFTPLUS, MERGE); \
+    break;
+#define VARIANTS(HOST, SOFTPLUS) VARIANT(HOST, SOFTPLUS, 0) VARIANT(HOST, SOFTPLUS, 1)
+  switch (variant) {
+    VARIANTS(ADAMW, 0)
+    VARIANTS(ADAMW, 1)
+    VARIANTS(ADABELIEF, 0)
+    VARIANTS(ADABELIEF, 1)
+    VARIANTS(SGD, 0)
+    VARIANTS(SGD_MOMENTUM, 0)
+    VARIANTS(SGD_NESTEROV, 0)
+  }
+}
+
+/* (grad - mean) / norm, which is what a host that is not written here is given. */
+INLINE void divide_body(const Tensor *t, int64_t begin, int64_t end, const float *means, const Factors *f) {
+  int64_t columns = t->centred ? t->columns : end - begin, rows = t->centred ? end - begin : 1;
+  int64_t start = t->centred ? begin * columns : begin;
+  for (int64_t row = 0; row < rows; row++) {
+    const float scale = f->scale, inverse = f->inverse;
+    const float mean = t->centred ? means[t->row + begin + row] * scale : 0.f;
+    const float *RESTRICT grad = t->grad + start + row * columns;
+    float *RESTRICT out = t->first + start + row * columns;
+    SIMD
+    for (int64_t i = 0; i < columns; i++) out[i] = (grad[i] * scale - mean) * inverse;
+  }
+}
+
+typedef struct {
+  double (*statistics)(const Tensor *, int64_t, int64_t, float *);
+  void (*update)(const Tensor *, int64_t, int64_t, const float *, const Factors *, int);
+  void (*divide)(const Tensor *, int64_t, int64_t, const float *, const Factors *);
+} Code;
+
+#define COMPILE(NAME, TARGET) \
+  TARGET static double statistics_##NAME(const Tensor *t, int64_t b, int64_t e, float *m) { \
+    return statistics_body(t, b, e, m); \
+  } \
+  TARGET static void update_##NAME(const Tensor *t, int64_t b, int64_t e, const float *m, const Factors *f, int v) { \
+    update_body(t, b, e, m, f, v); \
+  } \
+  TARGET static void divide_##NAME(const Tensor *t, int64_t b, int64_t e, const float *m, const Factors *f) { \
+    divide_body(t, b, e, m, f); \
+  } \
+  static const Code NAME = {statistics_##NAME, update_##NAME, divide_##NAME};
+
+COMPILE(baseline, )
+#ifdef DISPATCH
+COMPILE(avx2, __attribute__((target("avx2,fma"))))
+COMPILE(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,fma,prefer-vector-width=512"))))
+#endif
+
+/* To be compared with cpu.py's, which may have changed since this was compiled. */
+EXPORT int64_t sing_abi(void) { return 1; }
+
+#ifdef _WIN32
+EXPORT void *PyInit__cpu(void) { return 0; } /* which the linker is told to look for there */
+#endif
+
+/* The instruction sets that this processor has: 0 is the compiler's baseline, 1 AVX2 with FMA, 2 AVX-512. */
+EXPORT int64_t sing_instruction_sets(void) {
+#ifdef DISPATCH
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+             ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+static const Code *code(int64_t instruction_set) {
+#ifdef DISPATCH
+  if (instruction_set == 2) return &avx512;
+  if (instruction_set == 1) return &avx2;
+#endif
+  (void)instruction_set;
+  return &baseline;
+}
+
+/* Cut tensors into units; how many there are. Call it without `units` to learn that. */
+EXPORT int64_t sing_units(const Tensor *tensors, int64_t count, Unit *units) {
+  int64_t made = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Tensor *t = tensors + i;
+    int64_t total = t->centred ? t->rows : t->columns, each = t->centred ? UNIT / t->columns : UNIT, first = made;
+    if (each < 1) each = 1;
+    int64_t last = first + (total + each - 1) / each;
+    for (int64_t begin = 0; begin < total; begin += each, made++) {
+      if (!units) continue;
+      Unit unit = {i, begin, begin + each < total ? begin + each : total, first, last};
+      units[made] = unit;
+    }
+  }
+  return made;
+}
+
+/* x to the power of n >= 0, without the C library, whose pow would tie a wheel to its version. */
+static double power(double x, int64_t n) {
+  double result = 1;
+  for (; n > 0; n >>= 1, x *= x)
+    if (n & 1) result *= x;
+  return result;
+}
+
+static Factors factors(const Tensor *t, const Options *o, double squares) {
+  Factors f = {1.f, 1.f, 0.f, 0.f, 0.f, 0.f, (float)o->lr, 1.f, 0.f, 0.f, 0.f};
+  double scale = 1, inverse = 1;
+  if (o->normalize) {
+    double norm = SQRT(squares) + o->eps;
+    while (norm * scale > 1e30 && scale > 0x1p-120) scale *= 0x1p-60;
+    while (norm * scale < 1e-30 && scale < 0x1p120) scale *= 0x1p60;
+    inverse = 1 / (norm * scale); /* 0 for an infinite norm, whose infinite entry becomes NaN */
+  }
+  f.scale = (float)scale;
+  f.inverse = (float)(o->maximize ? -inverse : inverse);
+  f.keep = (float)(t->decays ? 1 - o->lr * o->weight_decay : 1);
+  f.momentum = (float)o->momentum;
+  f.alpha = (float)o->alpha;
+  if (o->host == ADAMW || o->host == ADABELIEF) {
+    int64_t step = (int64_t)*t->step + 1;
+    double beta = o->softplus ? o->softplus_beta : 1; /* beta and the change's 1/beta leave the loop */
+    f.mix1 = (float)(1 - o->beta1);
+    f.beta2 = (float)o->beta2;
+    f.mix2 = (float)(1 - o->beta2);
+    f.eps = (float)o->eps;
+    f.root = (float)(beta / SQRT(1 - power(o->beta2, step)));
+    f.size = (float)(beta * o->lr / (1 - power(o->beta1, step)));
+  }
+  return f;
+}
+
+static double sum_of_units(const Unit *unit, const double *squares) {
+  double total = 0;
+  for (int64_t k = unit->first; k < unit->last; k++) total += squares[k];
+  return total;
+}
+
+static int variant(const Options *o) { return (int)(o->host * 4 + (o->softplus ? 2 : 0) + (o->merge ? 1 : 0)); }
+
+/* Statistics of units begin..end. Those of a tensor of one unit are left to sing_update, which finds it in the cache. */
+EXPORT void sing_statistics(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
+                            double *squares, int64_t instruction_set) {
+  const Code *run = code(instruction_set);
+  for (int64_t k = begin; k < end; k++)
+    if (units[k].last - units[k].first > 1)
+      squares[k] = run->statistics(tensors + units[k].tensor, units[k].begin, units[k].end, means);
+}
+
+/* Update units begin..end, after the statistics of all units. Without `options->host`, a negative one, the divided
+   gradient is written to where `first` points. */
+EXPORT void sing_update(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
+                        double *squares, const Options *options, int64_t instruction_set) {
+  const Code *run = code(instruction_set);
+  for (int64_t k = end - 1; k >= begin; k--) { /* backwards: what was read last may still be in the cache */
+    const Unit *unit = units + k;
+    const Tensor *t = tensors + unit->tensor;
+    if (unit->last - unit->first == 1) squares[k] = run->statistics(t, unit->begin, unit->end, means);
+    Factors f = factors(t, options, sum_of_units(unit, squares));
+    if (options->host < 0) run->divide(t, unit->begin, unit->end, means, &f);
+    else run->update(t, unit->begin, unit->end, means, &f, variant(options));
+  }
+}
+
+/* The same for all tensors in one thread, each of them at once. */
+EXPORT void sing_step(const Tensor *tensors, const Unit *units, int64_t count, float *means, double *squares,
+                      const Options *options, int64_t instruction_set) {
+  for (int64_t begin = 0; begin < count; begin = units[begin].last) {
+    int64_t end = units[begin].last;
+    sing_statistics(tensors, units, begin, end, means, squares, instruction_set);
+    sing_update(tensors, units, begin, end, means, squares, options, instruction_set);
+  }
+}
+
+/* Count the step that was made. */
+EXPORT void sing_count(const Tensor *tensors, int64_t count) {
+  for (int64_t i = 0; i < count; i++) *tensors[i].step += 1;
+}
