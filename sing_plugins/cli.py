@@ -66,7 +66,14 @@ def _status(chosen: argparse.Namespace) -> list[str]:
         active = state.active and state.framework not in failed
         one_line = " ".join(why.split())
         rows.append((state.framework, state.version or "-", state.supported, "yes" if active else "no", one_line))
-    return _table(header, *rows)
+    return [*_table(header, *rows), "", f"compiled kernel: {_kernel()}"]
+
+
+def _kernel() -> str:
+    from sing_plugins.kernels import cpu
+
+    instructions = ("the compiler's baseline", "AVX2", "AVX-512")
+    return f"no, {cpu.missing()}" if cpu.missing() else f"yes, with {instructions[cpu.instruction_set()]}"
 
 
 def _names(_: argparse.Namespace) -> list[str]:

@@ -30,8 +30,10 @@ def run(*command: str, **environment: str) -> str:
 
 def status(*command: str, **environment: str) -> dict[str, list[str]]:
     """framework → the other columns of the table."""
-    header, *lines = run(*command, **environment).splitlines()
+    table, _, below = run(*command, **environment).partition("\n\n")
+    header, *lines = table.splitlines()
     assert header.split() == ["framework", "installed", "supported", "active", "why"]
+    assert below.startswith("compiled kernel: ")
     return {cells[0]: cells[1:] for cells in (line.split(maxsplit=4) for line in lines)}
 
 

@@ -30,10 +30,10 @@ FRAMEWORKS = {**BY_NAME_FRAMEWORKS, **LIBRARIES}
 NEEDS = {"transformers": {"accelerate"}}
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, **variables: str) -> str:
     """Run a command outside of the checkout, without what this process's environment says about Python and SING."""
     hidden = ("PYTHON", "SING_", "TORCH_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)} | variables
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, cwd="/", env=environment, timeout=600
     )
@@ -43,11 +43,16 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: a build leaves folders behind."""
+    return build(tmp_path_factory)
+
+
+def build(tmp_path_factory: pytest.TempPathFactory, **variables: str) -> Path:
+    """Built from a copy: a build leaves folders behind, and takes what an earlier one has compiled."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    skip = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "demo")
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "demo", "*.so", "*.pyd")
     shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", built, source)
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", built)
+    run(*command, source, **variables)
     (found,) = built.iterdir()
     return found
 
@@ -98,6 +103,8 @@ def test_the_wheel_holds_our_packages_whole_and_nothing_else(wheel: Path) -> Non
                 assert file.relative_to(folder).as_posix() in names
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]  # one for every Python and every torch
+    assert sum(name.startswith("sing_plugins/kernels/_cpu.") and name.endswith((".so", ".pyd")) for name in names) == 1
 
 
 def test_the_wheel_says_what_it_needs_and_how_it_is_started(wheel: Path) -> None:
@@ -175,7 +182,9 @@ def test_each_framework_trains_by_name_without_the_other_three(
     python = environment(framework)
     others = set(FRAMEWORKS) - {framework} - NEEDS.get(framework, set())
     run(python, "-c", AROUND.format(folder=str(tmp_path), script=BY_NAME[framework], others=others))
-    table = {line.split()[0]: line for line in run(python.with_name("sing-plugins"), "status").splitlines()}
+    status, _, kernel = run(python.with_name("sing-plugins"), "status").partition("\n\n")
+    assert kernel.startswith("compiled kernel: yes")
+    table = {line.split()[0]: line for line in status.splitlines()}
     assert {name for name in FRAMEWORKS if "not installed" in table[name]} == others
 
 
@@ -192,5 +201,33 @@ def test_with_all_frameworks_every_name_is_known_with_no_import_of_ours(environm
     )
     _, _, choices = run(python, "-m", "fairseq_cli.train", "--help").partition("--optimizer {")
     assert "sing" in choices.partition("}")[0].split(",")
-    table = run(python.with_name("sing-plugins"), "status").splitlines()
-    assert [line.split()[3] for line in table] == ["active", *["yes"] * 4]
+    table, _, _ = run(python.with_name("sing-plugins"), "status").partition("\n\n")
+    assert [line.split()[3] for line in table.splitlines()] == ["active", *["yes"] * 4]
+
+
+def test_the_kernel_of_the_wheel_gives_what_the_loop_gives(environment: Callable[[str], Path], tmp_path: Path) -> None:
+    for file in ("test_kernels.py", "reference.py"):
+        shutil.copy(ROOT / "tests" / file, tmp_path)
+    chosen = ("-k", "every_layout or threads or bounds", "-p", "no:cacheprovider", "-p", "no:xdist", tmp_path)
+    out = run(environment("all"), "-m", "pytest", "-q", *chosen)
+    assert " passed" in out
+    assert "skipped" not in out
+
+
+def test_without_a_compiler_the_installation_works_and_says_what_is_missing(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    wheel = build(tmp_path_factory, CC="false")
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path)
+    run(*pip, wheel)
+    train = (
+        "import torch, sing_plugins\n"
+        "weight = torch.nn.Parameter(torch.ones(3, 2))\n"
+        "weight.grad = torch.rand(3, 2)\n"
+        "sing_plugins.SING([weight]).step()\n"
+        "assert not torch.equal(weight, torch.ones(3, 2))\n"
+        "print(sing_plugins.__file__)"
+    )
+    assert run(sys.executable, "-c", train, PYTHONPATH=str(tmp_path)).startswith(str(tmp_path))
+    status = run(sys.executable, "-m", "sing_plugins", "status", PYTHONPATH=str(tmp_path))
+    assert "compiled kernel: no, it was not compiled: reinstall sing-plugins where there is a C compiler" in status
