@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -374,6 +375,13 @@ def test_a_wrapped_host_gets_what_standardize_gives() -> None:
         host.step()
     for param, other in zip(params, others, strict=True):
         torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+
+
+if "SANITIZED" in os.environ:  # make test-sanitized
+
+    def test_the_kernel_is_the_one_with_sanitizers() -> None:
+        assert Path(cpu.__file__).is_relative_to(Path(os.environ["SANITIZED"]).resolve())
+        assert hasattr(cpu.library(), "__asan_init")
 
 
 def test_the_kernel_is_the_one_of_this_source() -> None:

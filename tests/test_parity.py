@@ -76,15 +76,17 @@ def describe(options: dict[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("fused", torch.float32)], ids=str
+)
 @pytest.mark.parametrize("switches", SWITCHES, ids=describe)
 @pytest.mark.parametrize("host", HOSTS, ids=describe)
 def test_every_host_and_switch_follows_the_reference(
-    host: dict[str, Any], switches: dict[str, Any], dtype: torch.dtype
+    host: dict[str, Any], switches: dict[str, Any], implementation: str, dtype: torch.dtype
 ) -> None:
     options = {**host, **switches, "weight_decay": 0.1}
     params = parameters(dtype)
-    run_against_reference(SING(params, lr=1.0, **options), params, options)
+    run_against_reference(SING(params, lr=1.0, implementation=implementation, **options), params, options)
 
 
 @pytest.mark.parametrize(
