@@ -145,8 +145,11 @@ class SING(Standardizing):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         for values in self.state.values():
-            if "step" in values and not isinstance(values["step"], Tensor):
-                values["step"] = _counter(values["step"])
+            count = values.get("step")
+            if count is not None and not (
+                isinstance(count, Tensor) and count.is_cpu
+            ):  # on an accelerator by map_location
+                values["step"] = _counter(float(count))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SING with the same host, or of the optimizer file published with the paper.
@@ -202,20 +205,17 @@ class SING(Standardizing):
             self._update_by_torch(batch, group)
             super()._update(batch, group, merge)
             return
-        left_over = self._update_by_kernel(batch.params, group, merge)
-        for param in left_over:
-            self._update(Batch(LOOP, [param]), group, merge)
-
-    def _update_by_kernel(self, params: list[Tensor], group: ParamGroup, merge: bool) -> list[Tensor]:
-        """Update what the kernel takes; the parameters that are left."""
-        states = [self._state(param, param, group) for param in params]
-        taken = [i for i, param in enumerate(params) if takes_state(param, states[i], group, merge)]
-        if len({params[i].data_ptr() for i in taken}) < len(taken):  # threads would meet there
-            return params
+        states = [self._state(param, param, group) for param in batch.params]
+        taken: list[Tensor] = []
+        others: list[Tensor] = []
+        for param, state in zip(batch.params, states, strict=True):
+            (taken if takes_state(param, state, group, merge) else others).append(param)
+        if len({param.data_ptr() for param in taken}) < len(taken):  # threads would meet in the same memory
+            taken, others = [], batch.params
         if taken:
-            chosen, of_chosen = [params[i] for i in taken], [states[i] for i in taken]
-            self._kernel.step(chosen, list(map(gradient, chosen)), of_chosen, group, merge)
-        return [params[i] for i in set(range(len(params))) - set(taken)] if len(taken) < len(params) else []
+            self._kernel.step(taken, list(map(gradient, taken)), [self.state[p] for p in taken], group, merge)
+        for param in others:
+            self._update(Batch(LOOP, [param]), group, merge)
 
     def _update_by_torch(self, batch: Batch, group: ParamGroup) -> None:
         params, grads = batch.params, self._standardized(batch, group)
@@ -224,9 +224,7 @@ class SING(Standardizing):
         low_precision = working_dtype(params[0]) != params[0].dtype
         weights = [param.float() for param in params] if low_precision else params
         states = [self._state(param, weight, group) for param, weight in zip(params, weights, strict=True)]
-        for state in states:
-            state["step"] += 1
-
+        torch._foreach_add_([state["step"] for state in states], 1.0)
         lr = float(group["lr"])
         if group["weight_decay"]:
             decayed = [weight for weight in weights if weight.dim() > 1 or group["decay_all"]]

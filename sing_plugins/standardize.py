@@ -57,20 +57,19 @@ def centralize(grad: Tensor, rows_of_one: bool = False) -> Tensor:
 def norm(grad: Tensor) -> Tensor:
     """Γ: the Euclidean norm over all entries, as a 0-d tensor (equation 3)."""
     if not _may_be_read(grad):
-        return _norm_in_double(grad)
+        return _norms_unread([grad])[0]
     if grad.numel() > CPU_NORM_BLOCK:
         blocks = torch.stack(torch._foreach_norm(torch.split(grad.reshape(-1), CPU_NORM_BLOCK)))
         return _vector_norm(blocks, dtype=torch.float64).to(grad.dtype)
     return _vector_norm(grad)
 
 
-def _norm_in_double(grad: Tensor) -> Tensor:
-    """Γ, the squares summed up in float64, which those of float32 cannot overflow: an overflow would go unseen."""
-    dtype = torch.float64 if grad.device.type not in _WITHOUT_FLOAT64 else None
-    if is_dtensor(grad):
-        return _vector_norm(grad, dtype=dtype)
-    (length,) = torch._foreach_norm([grad], 2, dtype)  # reads the tensor as it is, of which the other makes a copy
-    return length
+def _norms_unread(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Γ of tensors of one device where an overflow would go unseen: float64, which has none, sums up the squares."""
+    dtype = torch.float64 if grads[0].device.type not in _WITHOUT_FLOAT64 else None
+    if is_dtensor(grads[0]):
+        return [_vector_norm(grad, dtype=dtype) for grad in grads]
+    return torch._foreach_norm(list(grads), 2, dtype)  # reads tensors as they are, of which the other makes a copy
 
 
 def standardize(
@@ -81,10 +80,10 @@ def standardize(
     eps: float = 1e-8,
     rows_of_one: bool = False,
 ) -> list[Tensor]:
-    """Standardize gradients one tensor at a time: ``φ(g) / (Γ(φ(g)) + eps)``.
+    """Standardize gradients, each tensor by itself: ``φ(g) / (Γ(φ(g)) + eps)``.
 
     Args:
-        grads: gradients of any shape; float16 and bfloat16 ones are computed and returned in float32.
+        grads: gradients of one device and any shape; float16 and bfloat16 ones are computed and returned in float32.
         centralize: apply φ (tensors of more than one dimension).
         normalize: divide by the norm; a zero gradient stays zero.
         eps: added to the norm, which has the unit of the gradient (paper, below equation 3).
@@ -94,21 +93,30 @@ def standardize(
         Tensors of the same shapes, in float32 at least; the inputs are unchanged. With both switches off, float32 and
         float64 gradients are returned as they are, not copied.
     """
-    standardized = []
-    for original in grads:
-        grad = original.to(working_dtype(original))
-        centred = _centralize(grad, rows_of_one) if centralize else grad
-        if normalize:
-            length = norm(centred)
-            if grad.numel() and _may_be_read(length) and not _SAFE[length.dtype] < length.item() < math.inf:
-                # The sum of the squares is beyond the dtype, or the sums of the means are: that of 1e20 in float32.
-                scale = _largest(grad)
-                centred = _centralize(grad / scale, rows_of_one) if centralize else grad / scale
-                centred = centred / (norm(centred) + eps / scale)
-            else:
-                centred = centred / (length + eps)
-        standardized.append(sharded_like(original, centred))
-    return standardized
+    if not grads:
+        return []
+    whole = [grad.to(working_dtype(grad)) for grad in grads]
+    centred = [_centralize(grad, rows_of_one) for grad in whole] if centralize else whole
+    if not normalize:
+        standardized = centred
+    elif _may_be_read(grads[0]):
+        pairs = zip(whole, centred, strict=True)
+        standardized = [_normalize(grad, moved, eps, rows_of_one if centralize else None) for grad, moved in pairs]
+    else:
+        lengths = _norms_unread(centred)
+        standardized = [grad / (length + eps) for grad, length in zip(centred, lengths, strict=True)]
+    return [sharded_like(original, result) for original, result in zip(grads, standardized, strict=True)]
+
+
+def _normalize(grad: Tensor, centred: Tensor, eps: float, rows_of_one: bool | None) -> Tensor:
+    """Γ where a norm may be looked at. ``rows_of_one`` is None where nothing was centralized."""
+    length = norm(centred)
+    if not grad.numel() or _SAFE[length.dtype] < length.item() < math.inf:
+        return centred / (length + eps)
+    # The sum of the squares is beyond the dtype, or the sums of the means are: that of 1e20 in float32.
+    scale = _largest(grad)
+    centred = grad / scale if rows_of_one is None else _centralize(grad / scale, rows_of_one)
+    return centred / (norm(centred) + eps / scale)
 
 
 def _may_be_read(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, cast, overload
 
@@ -16,6 +17,9 @@ from sing_plugins.lookahead import SLOW, Lookahead
 from sing_plugins.options import AUTO, FUSED, LOOP
 from sing_plugins.sharding import WholeTensors
 from sing_plugins.standardize import standardize
+
+# So many entries, or one tensor, are updated by one series of multi-tensor calls, whose temporaries are copies of them.
+FOREACH_BLOCK = 1 << 24
 
 
 class Batch(NamedTuple):
@@ -142,6 +146,7 @@ class Standardizing(Optimizer):
         """
         asked, host = self._implementation(group)
         batches: dict[object, Batch] = {}
+        entries: Counter[object] = Counter()
         for position, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None or not param.numel():
@@ -152,6 +157,8 @@ class Standardizing(Optimizer):
                 check_gradient(grad)
                 mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
                 key = position if implementation == LOOP else (param.device, param.dtype, mesh)
+                entries[key] += param.numel()
+                key = key, entries[key] // FOREACH_BLOCK
             if key not in batches:
                 batches[key] = Batch(implementation, [])
             batches[key].params.append(param)

@@ -15,7 +15,7 @@ import torch
 from reference import Reference
 from torch import Tensor, nn
 
-from sing_plugins import SING, wrap
+from sing_plugins import SING, step, wrap
 from sing_plugins.kernels import cpu
 from sing_plugins.standardize import standardize
 
@@ -389,3 +389,14 @@ def test_the_kernel_is_the_one_of_this_source() -> None:
     folder = Path(cpu.__file__).parent
     built = max(path.stat().st_mtime for path in folder.glob("_cpu.*") if path.suffix in (".so", ".pyd"))
     assert built >= (folder / "_cpu.c").stat().st_mtime
+
+
+def test_torch_functions_copy_a_block_of_gradients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks change no bit, and what a step takes besides the states does not grow with the number of tensors."""
+    results = []
+    for block in (1, 1 << 24):
+        monkeypatch.setattr(step, "FOREACH_BLOCK", block)
+        params, optimizer = trained(["matrix"] * 7, implementation="foreach")
+        assert len(optimizer._batches(optimizer.param_groups[0])) == (7 if block == 1 else 1)
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

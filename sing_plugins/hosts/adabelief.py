@@ -20,8 +20,9 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
     torch._foreach_mul_(exp_avg_vars, beta2)
     torch._foreach_addcmul_(exp_avg_vars, residuals, residuals, value=1 - beta2)
     torch._foreach_add_(exp_avg_vars, group["eps"])  # the algorithm keeps this eps in its state
-    denoms = denominators(exp_avg_vars, bias_corrections(states, beta2), group)
-    step_sizes = [-group["lr"] / correction for correction in bias_corrections(states, beta1)]
+    of_first, of_second = bias_corrections(states, beta1, beta2)
+    denoms = denominators(exp_avg_vars, of_second, group)
+    step_sizes = [-group["lr"] / correction for correction in of_first]
     torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
 
 

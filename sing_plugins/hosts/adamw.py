@@ -18,8 +18,9 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    denoms = denominators(exp_avg_sqs, bias_corrections(states, beta2), group)
-    step_sizes = [-group["lr"] / correction for correction in bias_corrections(states, beta1)]
+    of_first, of_second = bias_corrections(states, beta1, beta2)
+    denoms = denominators(exp_avg_sqs, of_second, group)
+    step_sizes = [-group["lr"] / correction for correction in of_first]
     torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
 
 

@@ -48,9 +48,10 @@ def column(states: Sequence[State], key: str) -> Tensors:
     return [state[key] for state in states]
 
 
-def bias_corrections(states: Sequence[State], beta: float) -> list[float]:
-    """``1 - beta**step`` for each state, in double precision: in float32 it alone costs 5e-6."""
-    return [1 - beta ** state["step"].item() for state in states]
+def bias_corrections(states: Sequence[State], *betas: float) -> list[list[float]]:
+    """``1 - beta**step`` for each beta and state, in double precision: in float32 it alone costs 5e-6."""
+    steps = torch.stack(column(states, "step")).tolist()  # one look at all counters
+    return [[1 - beta**step for step in steps] for beta in betas]
 
 
 def denominators(second_moments: Tensors, corrections: Sequence[float], group: Group) -> Tensors:
