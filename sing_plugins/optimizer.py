@@ -11,8 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state
 from sing_plugins.hosts import HOSTS
-from sing_plugins.kernels import asked_for
-from sing_plugins.kernels.cpu import takes_state
+from sing_plugins.kernels import asked_for, module_for, of_torch
 from sing_plugins.lookahead import copy_into
 from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, check_options, plain
 from sing_plugins.standardize import working_dtype
@@ -203,18 +202,22 @@ class SING(Standardizing):
             super()._update(batch, group, merge)
             return
         left_over = self._update_by_kernel(batch.params, group, merge)
+        if left_over and of_torch(left_over[0].device) == FOREACH:
+            self._update(Batch(FOREACH, left_over), group, merge)
+            return
         for param in left_over:
             self._update(Batch(LOOP, [param]), group, merge)
 
     def _update_by_kernel(self, params: list[Tensor], group: ParamGroup, merge: bool) -> list[Tensor]:
         """Update what the kernel takes; the parameters that are left."""
-        states = [self._state(param, param, group) for param in params]
-        taken = [i for i, param in enumerate(params) if takes_state(param, states[i], group, merge)]
+        states, kernel = [self._state(param, param, group) for param in params], module_for(params[0].device)
+        assert kernel is not None
+        taken = [i for i, param in enumerate(params) if kernel.takes_state(param, states[i], group, merge)]
         if len({params[i].data_ptr() for i in taken}) < len(taken):  # threads would meet there
             return params
         if taken:
             chosen, of_chosen = [params[i] for i in taken], [states[i] for i in taken]
-            self._kernel.step(chosen, list(map(gradient, chosen)), of_chosen, group, merge)
+            self._kernels[params[0].device.type].step(chosen, list(map(gradient, chosen)), of_chosen, group, merge)
         return [params[i] for i in set(range(len(params))) - set(taken)] if len(taken) < len(params) else []
 
     def _update_by_torch(self, batch: Batch, group: ParamGroup) -> None:

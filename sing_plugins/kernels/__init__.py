@@ -1,7 +1,7 @@
-"""Which implementation updates a tensor: the compiled kernel, torch's multi-tensor functions, or one after the other.
+"""Which implementation updates a tensor: a kernel of ours, torch's multi-tensor functions, or one after the other.
 
 ========== =============================================================================================
-fused      The compiled kernel: CPU, float32, every host but Adafactor. Statistics, then one pass.
+fused      A kernel: float32, every host but Adafactor. On the CPU compiled C, on CUDA devices Triton's.
 foreach    All tensors of a group, device and dtype at once, by ``torch._foreach_*``.
 loop       The same arithmetic, one tensor after the other: on the CPU a tensor stays in the cache.
 ========== =============================================================================================
@@ -10,13 +10,47 @@ loop       The same arithmetic, one tensor after the other: on the CPU a tensor 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
-from sing_plugins.kernels import cpu
+from sing_plugins.kernels import accelerator, cpu
 from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP
+
+# Kind of device -> the module of its kernel: HOSTS, library, takes_gradient, takes_state and Kernel.
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "cuda": accelerator}
+
+
+class Kernel(Protocol):
+    """A kernel for one optimizer; see :class:`sing_plugins.kernels.cpu.Kernel`."""
+
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        group: dict[str, Any],
+        merge: bool,
+    ) -> None: ...
+
+    def standardize(self, grads: list[Tensor], group: dict[str, Any], prefix: str, eps: float) -> list[Tensor]: ...
+
+
+class Kernels(dict[str, Kernel]):
+    """The kernels of one optimizer, by the kind of device that they are for."""
+
+    def __missing__(self, kind: str) -> Kernel:
+        self[kind] = _MODULES[kind].Kernel()
+        return self[kind]
+
+
+def module_for(device: torch.device) -> ModuleType | None:
+    """The module of a device's kernel; None without one."""
+    module = _MODULES.get(device.type)
+    return None if module is None or module.library() is None else module
 
 
 def asked_for(group: Mapping[str, Any]) -> str:
@@ -36,7 +70,13 @@ def implementation_of(param: Tensor, grad: Tensor, asked: str, host: str | None 
         host: the host's name; None where only the standardization is at stake.
     """
     if asked in (AUTO, FUSED):
-        if cpu.library() is not None and (host is None or host in cpu.HOSTS) and cpu.takes_gradient(param, grad):
+        kernel = module_for(param.device)
+        if kernel is not None and (host is None or host in kernel.HOSTS) and kernel.takes_gradient(param, grad):
             return FUSED
-        asked = FOREACH if asked == FUSED or param.device.type in _get_foreach_kernels_supported_devices() else LOOP
+        return FOREACH if asked == FUSED else of_torch(param.device)
     return asked
+
+
+def of_torch(device: torch.device) -> str:
+    """The faster one of those that need no kernel."""
+    return FOREACH if device.type in _get_foreach_kernels_supported_devices() else LOOP
