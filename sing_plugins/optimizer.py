@@ -11,8 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state
 from sing_plugins.hosts import HOSTS
-from sing_plugins.kernels import asked_for
-from sing_plugins.kernels.cpu import takes_state
+from sing_plugins.kernels import asked_for, of_torch, takes_state
 from sing_plugins.lookahead import copy_into
 from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, check_options, plain
 from sing_plugins.standardize import working_dtype
@@ -205,7 +204,7 @@ class SING(Standardizing):
             self._update_by_torch(batch, group)
             super()._update(batch, group, merge)
             return
-        states = [self._state(param, param, group) for param in batch.params]
+        device, states = batch.params[0].device, [self._state(param, param, group) for param in batch.params]
         taken: list[Tensor] = []
         others: list[Tensor] = []
         for param, state in zip(batch.params, states, strict=True):
@@ -213,9 +212,10 @@ class SING(Standardizing):
         if len({param.data_ptr() for param in taken}) < len(taken):  # threads would meet in the same memory
             taken, others = [], batch.params
         if taken:
-            self._kernel.step(taken, list(map(gradient, taken)), [self.state[p] for p in taken], group, merge)
-        for param in others:
-            self._update(Batch(LOOP, [param]), group, merge)
+            kept = [self.state[param] for param in taken]
+            self._kernels[device.type].step(taken, list(map(gradient, taken)), kept, group, merge)
+        for left in [others] if others and of_torch(device) == FOREACH else [[param] for param in others]:
+            self._update(Batch(of_torch(device), left), group, merge)
 
     def _update_by_torch(self, batch: Batch, group: ParamGroup) -> None:
         params, grads = batch.params, self._standardized(batch, group)

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sing_plugins.checks import ParamGroup, check_gradient
-from sing_plugins.kernels import implementation_of
-from sing_plugins.kernels.cpu import Kernel
+from sing_plugins.kernels import Kernels, implementation_of
 from sing_plugins.lookahead import SLOW, Lookahead
 from sing_plugins.options import AUTO, FUSED, LOOP
 from sing_plugins.sharding import WholeTensors
@@ -50,7 +49,7 @@ class Standardizing(Optimizer):
 
     _lookahead: Lookahead
     _whole: WholeTensors
-    _kernel: Kernel
+    _kernels: Kernels
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_whole": self._whole}
@@ -60,7 +59,7 @@ class Standardizing(Optimizer):
         if "_whole" not in vars(self):
             self._whole = WholeTensors()
             self._whole.declare(self.param_groups)
-        self._lookahead, self._kernel = Lookahead(self._prefix), Kernel()
+        self._lookahead, self._kernels = Lookahead(self._prefix), Kernels()
         self._lookahead.trust(self.param_groups)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -70,7 +69,7 @@ class Standardizing(Optimizer):
             ValueError: as the constructor, before anything is changed.
         """
         if "_whole" not in vars(self):  # the constructor adds its groups so
-            self._whole, self._lookahead, self._kernel = WholeTensors(), Lookahead(self._prefix), Kernel()
+            self._whole, self._lookahead, self._kernels = WholeTensors(), Lookahead(self._prefix), Kernels()
         self._add_param_group(param_group)
         self._whole.declare(self.param_groups[-1:])
 
@@ -152,7 +151,7 @@ class Standardizing(Optimizer):
             if grad is None or not param.numel():
                 continue
             implementation = implementation_of(param, grad, asked, host)
-            key: object = implementation
+            key: object = (implementation, param.device)
             if implementation != FUSED:
                 check_gradient(grad)
                 mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
@@ -167,7 +166,7 @@ class Standardizing(Optimizer):
     def _standardized(self, batch: Batch, group: ParamGroup) -> list[Tensor]:
         grads, eps = [gradient(param) for param in batch.params], group[self._eps]
         if batch.implementation == FUSED:
-            return self._kernel.standardize(grads, group, self._prefix, eps)
+            return self._kernels[grads[0].device.type].standardize(grads, group, self._prefix, eps)
         return standardize(
             grads,
             centralize=group[self._prefix + "centralize"],

@@ -15,7 +15,8 @@ import torch
 from reference import Reference
 from torch import Tensor, nn
 
-from sing_plugins import SING, step, wrap
+import sing_plugins.step
+from sing_plugins import SING, wrap
 from sing_plugins.kernels import cpu
 from sing_plugins.standardize import standardize
 
@@ -395,7 +396,7 @@ def test_torch_functions_copy_a_block_of_gradients_at_a_time(monkeypatch: pytest
     """Blocks change no bit, and what a step takes besides the states does not grow with the number of tensors."""
     results = []
     for block in (1, 1 << 24):
-        monkeypatch.setattr(step, "FOREACH_BLOCK", block)
+        monkeypatch.setattr(sing_plugins.step, "FOREACH_BLOCK", block)
         params, optimizer = trained(["matrix"] * 7, implementation="foreach")
         assert len(optimizer._batches(optimizer.param_groups[0])) == (7 if block == 1 else 1)
         results.append(params)

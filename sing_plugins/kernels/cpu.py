@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sing_plugins.lookahead import SLOW
 from sing_plugins.standardize import has_centre
 
+IS_DEFAULT = True
 ABI = 1  # _cpu.c's sing_abi
 _ADDRESSES = ("param", "first", "second", "slow", "step", "grad")
 _FIELDS = (*_ADDRESSES, "rows", "columns", "centred", "decays", "row")
@@ -33,6 +34,8 @@ HOSTS = {"adamw": (0, ("exp_avg", "exp_avg_sq")), "adabelief": (1, ("exp_avg", "
 _SGD_MOMENTUM, _SGD_NESTEROV, _NO_HOST = 3, 4, -1
 
 _ALONE = 1 << 17  # a step of fewer entries is done before other threads have begun
+Layout = tuple[bool, bool, bool]  # whether rows are centred, whether those of one entry are, whether all is decayed
+
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may keep its entries elsewhere
 
 
@@ -86,14 +89,18 @@ def instruction_set() -> int:
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the kernel can work on a tensor: its own float32 entries, row by row one after the other in memory."""
+    """Whether the kernel can work on a tensor."""
+    return tensor.is_cpu and in_rows(tensor)
+
+
+def in_rows(tensor: Tensor) -> bool:
+    """Whether a tensor is its own float32 entries, row by row one after the other in memory: what kernels work on."""
     return (
         type(tensor) in _PLAIN
         and tensor.dtype is torch.float32
-        and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_neg()
-        and _in_rows(tensor.shape, tensor.stride())
+        and _are_in_rows(tensor.shape, tensor.stride())
     )
 
 
@@ -103,7 +110,7 @@ def takes_gradient(param: Tensor, grad: Tensor) -> bool:
 
 
 @functools.lru_cache(4096)
-def _in_rows(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+def _are_in_rows(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """Whether entries lie without gaps and overlaps, those of one row (index of the first dimension) together.
 
     The order within a row may be any: channels-last tensors are in rows.
@@ -140,7 +147,7 @@ class Kernel:
             merge: whether Lookahead is due.
         """
         table = self._table(params, group, (group["centralize"], group["centralize_rows_of_one"], group["decay_all"]))
-        pointed = {"step": "step", **dict(zip(("first", "second"), _moments(group), strict=False))}
+        pointed = {"step": "step", **dict(zip(("first", "second"), moments(group), strict=False))}
         if merge:
             pointed["slow"] = SLOW
         table.run(
@@ -169,7 +176,7 @@ class Kernel:
         table.run(options, param=standardized, grad=grads)
         return standardized
 
-    def _table(self, tensors: list[Tensor], group: object, layout: tuple[bool, bool, bool]) -> _Table:
+    def _table(self, tensors: list[Tensor], group: object, layout: Layout) -> _Table:
         key = [tensor.shape for tensor in tensors], layout
         table = self._tables.get(id(group))
         if table is None or table.key != key:
@@ -179,7 +186,7 @@ class Kernel:
 
 def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool) -> bool:
     """Whether the kernel can update a parameter's state with it."""
-    tensors = [state.get(name) for name in (*_moments(group), *([SLOW] if merge else []))]
+    tensors = [state.get(name) for name in (*moments(group), *([SLOW] if merge else []))]
     layout, count = param.stride(), state["step"]
     return (
         count.dtype is torch.float32
@@ -188,16 +195,22 @@ def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], mer
     )
 
 
-def _moments(group: dict[str, Any]) -> tuple[str, ...]:
+def moments(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the moments that a group's host keeps, the first one first."""
     return ("momentum_buffer",) if group.get("momentum") else HOSTS[group["host"]][1]
 
 
-def _options(group: dict[str, Any], merge: bool) -> _Options:
-    host = HOSTS[group["host"]][0]
+def rule(group: dict[str, Any]) -> tuple[int, float | None]:
+    """The number of a group's update rule in ``_cpu.c``, and the sharpness of its softplus; None without."""
+    number = HOSTS[group["host"]][0]
     if group.get("momentum"):
-        host = _SGD_NESTEROV if group["nesterov"] else _SGD_MOMENTUM
+        return (_SGD_NESTEROV if group["nesterov"] else _SGD_MOMENTUM), None
+    return number, group["softplus_beta"] if number in (HOSTS["adamw"][0], HOSTS["adabelief"][0]) else None
+
+
+def _options(group: dict[str, Any], merge: bool) -> _Options:
+    host, beta = rule(group)
     beta1, beta2 = group.get("betas", (0.0, 0.0))
-    beta = group["softplus_beta"] if host in (HOSTS["adamw"][0], HOSTS["adabelief"][0]) else None
     return _Options(
         lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
@@ -215,6 +228,23 @@ def _options(group: dict[str, Any], merge: bool) -> _Options:
     )
 
 
+class Rows(NamedTuple):
+    """What the statistics of a tensor are taken of: rows, if they are centred, else all entries as one row."""
+
+    rows: int
+    columns: int
+    centred: bool
+    decays: bool
+
+
+def rows_of(shape: torch.Size, layout: Layout) -> Rows:
+    """How a tensor is divided, and whether it is decayed."""
+    centralize, rows_of_one, decay_all = layout
+    centred = centralize and has_centre(shape, rows_of_one)
+    rows = shape[0] if centred else 1
+    return Rows(rows, shape.numel() // rows, centred, decay_all or len(shape) > 1)
+
+
 class _Table:
     """Addresses and layout of tensors, and room for their statistics, where the kernel finds them.
 
@@ -223,17 +253,14 @@ class _Table:
         layout: whether rows are centred, whether those of one element are, and whether all tensors are decayed.
     """
 
-    def __init__(self, shapes: list[torch.Size], layout: tuple[bool, bool, bool]) -> None:
+    def __init__(self, shapes: list[torch.Size], layout: Layout) -> None:
         self.key = shapes, layout
-        centralize, rows_of_one, decay_all = layout
-        centred = [centralize and has_centre(shape, rows_of_one) for shape in shapes]
-        rows = [shape[0] if has_rows else 1 for shape, has_rows in zip(shapes, centred, strict=True)]
-        columns = [shape.numel() // count for shape, count in zip(shapes, rows, strict=True)]
+        rows, columns, centred, decays = zip(*(rows_of(shape, layout) for shape in shapes), strict=True)
         self._tensors = array("q", bytes(8 * len(_FIELDS) * len(shapes)))
         self._fill("rows", rows)
         self._fill("columns", columns)
         self._fill("centred", map(int, centred))
-        self._fill("decays", [int(decay_all or len(shape) > 1) for shape in shapes])
+        self._fill("decays", map(int, decays))
         self._fill("row", accumulate(rows[:-1], initial=0))
 
         at = _address(self._tensors), len(shapes)
