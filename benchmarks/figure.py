@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from benchmarks.timing import Row
 from recipes.machinery.figures import STYLE, save
 
-CURVES = {"parameters": "parameters", "tensors": "tensors of 2.56 million parameters", "threads": "threads (ViT-S)"}
+CURVES = {"parameters": "parameters", "tensors": "tensors of 2.56 million in all", "threads": "threads (20 million)"}
 
 
 def draw(record: Mapping[str, Any], file: Path) -> None:

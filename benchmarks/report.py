@@ -55,7 +55,7 @@ def _heading(record: Record) -> str:
     return (
         f"On {machine}, {config['threads']} CPU thread(s), torch {record['versions']['torch']}, commit "
         f"{(record['commit'] or 'unknown')[:10]}{' with changes' if record['changed'] else ''}, "
-        f"in {record['seconds'] / 60:.0f} minutes.{quick}"
+        f"in {record['seconds'] / 60:.0f} minutes, begun at a load of {record['load']:.1f}.{quick}"
     )
 
 
@@ -64,8 +64,8 @@ def _steps(record: Record) -> Table:
     steps, memory = sections.get("step", ()), sections.get("memory", ())
     models = _values(steps, "model")
     first = _values(memory, "model")[:1]
-    bytes_of = {"state_bytes": "state", "transient_bytes": "more in a step"} if first else {}
-    header = ["", *models, *(f"bytes a parameter: {title}" for title in bytes_of.values())]
+    bytes_of = {"state_bytes": "bytes a parameter", "transient_bytes": "more in a step"} if first else {}
+    header = ["", *models, *(f"{first[0]}: {title}" for title in bytes_of.values())]
     return [header] + [
         [
             name,
@@ -109,7 +109,7 @@ def _targets(record: Record) -> Table:
 
 
 TABLES: dict[str, Callable[[Record], Table]] = {
-    "Time of a step, as a ratio to AdamW fused (medians; “–” was not measured), and memory on the first model:": _steps,
+    "Time of a step, as a ratio to AdamW fused (medians; “–” was not measured), and memory of its state:": _steps,
     "Time of forward, backward and step together, as a ratio to AdamW as the framework makes it:": _trainings,
     "Imports:": _imports,
     "Targets:": _targets,

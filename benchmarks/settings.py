@@ -31,6 +31,7 @@ class Settings:
         parameters: of the curve over the number of parameters.
         tensors: of the curve over the number of tensors.
         tensor_entries: entries of all those tensors together.
+        thread_entries: entries that the curve over the number of threads is for.
         batches: name of a training -> batch size and further sizes of its input.
     """
 
@@ -41,13 +42,14 @@ class Settings:
     every_memory: bool = True
     rounds: int = 25
     least_rounds: int = 3
-    budget: float = 3.0
-    patience: float = 20.0
-    training_budget: float = 60.0
-    import_rounds: int = 15
+    budget: float = 2.0
+    patience: float = 12.0
+    training_budget: float = 40.0
+    import_rounds: int = 10
     parameters: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8, 10**9)
     tensors: tuple[int, ...] = (10, 100, 1_000, 10_000)
     tensor_entries: int = 2_560_000
+    thread_entries: int = 20_000_000
     batches: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: {"ResNet18": (64, 3, 64, 64), "ViT-S": (16, 3, 224, 224), "MiniLM": (16, 128)}
     )
@@ -66,9 +68,9 @@ QUICK: dict[str, Any] = {
     "memory_models": _models("ResNet18"),
     "every_memory": False,
     "rounds": 5,
-    "budget": 0.4,
-    "patience": 1.5,
-    "training_budget": 8.0,
+    "budget": 0.3,
+    "patience": 1.0,
+    "training_budget": 6.0,
     "import_rounds": 2,
     "parameters": (10**5, 10**6, 10**7),
     "batches": {"ResNet18": (64, 3, 32, 32)},

@@ -14,8 +14,7 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import Shapes, matrices
 from benchmarks.timing import Row, against, in_turn, seconds, synchronize
 
-MATRICES = 20  # of the curve over the number of parameters
-THREADS_MODEL = "ViT-S"
+MATRICES = 20  # of the curves over the numbers of parameters and threads
 
 
 def measure(settings: Settings) -> Iterator[Row]:
@@ -35,7 +34,7 @@ def scaling(settings: Settings) -> Iterator[Row]:
         for at, shapes in points.items():
             yield {"curve": curve, "at": at, **compare(DEFAULT, shapes, settings)}
     if settings.device == "cpu":
-        shapes = settings.models.get(THREADS_MODEL) or next(iter(settings.models.values()))
+        shapes = matrices(MATRICES, settings.thread_entries)
         for threads in thread_counts(os.cpu_count() or 1):
             torch.set_num_threads(threads)
             yield {"curve": "threads", "at": threads, **compare(DEFAULT, shapes, settings)}

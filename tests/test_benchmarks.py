@@ -26,6 +26,7 @@ SETTINGS = Settings(
     parameters=(1_000, 10**15),
     tensors=(10,),
     tensor_entries=1_000,
+    thread_entries=1_000,
     batches={"ResNet18": (2, 3, 32, 32), "MiniLM": (2, 4)},
 )
 
