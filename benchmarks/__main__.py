@@ -39,10 +39,12 @@ def measure(settings: Settings, chosen: list[str], quick: bool = False) -> dict[
     torch.manual_seed(0)
     torch.set_num_threads(settings.threads)
     measured: dict[str, list[Row]] = {name: [] for name in chosen}
+    ended: dict[str, float] = {}
     for name in chosen:
         for row in SECTIONS[name](settings):
             measured[name].append(row)
             print(f"{name:<10}{'  '.join(f'{key}: {value}' for key, value in row.items())}", flush=True)
+        ended[name] = round(time.perf_counter() - begun, 1)
     return {
         "config": {"quick": quick, **settings.as_json()},
         **records.commit(),
@@ -50,6 +52,7 @@ def measure(settings: Settings, chosen: list[str], quick: bool = False) -> dict[
         "hardware": records.hardware(),
         "load": round(load, 2),
         "seconds": round(time.perf_counter() - begun, 1),
+        "ended": ended,  # each section, seconds after the beginning
         "targets": targets.rows(measured),
         "sections": measured,
     }

@@ -6,7 +6,6 @@ allocator gives back at once what it no longer needs; Linux only. On CUDA it is 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -30,7 +29,7 @@ from benchmarks.optimizers import (
 )
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shapes, entries
-from benchmarks.timing import Row, synchronize
+from benchmarks.timing import Row, release, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_TARGET = (DEFAULT, HARD, NO_LOOKAHEAD, ADAMW_FOREACH)
@@ -79,7 +78,7 @@ def memory_of(name: str, shapes: Shapes, device: str) -> Row:
         synchronize(device)
 
     cycle()  # makes the state
-    gc.collect()
+    release(device)
     peak = peak_of(cycle, device) / count
     return {"state_bytes": round(state_bytes(optimizer) / count, 3), "transient_bytes": round(max(peak, 0.0), 3)}
 
@@ -117,7 +116,7 @@ def main() -> None:
     shapes = [tuple(shape) for shape in asked["shapes"]]
     for name in asked["names"]:
         print(json.dumps(memory_of(name, shapes, asked["device"])), flush=True)
-        gc.collect()
+        release(asked["device"])
 
 
 if __name__ == "__main__":

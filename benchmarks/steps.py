@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from benchmarks.optimizers import CYCLE, DEFAULT, OPTIMIZERS, REFERENCE, NotMeasuredError, copies, parameters
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shapes, matrices
-from benchmarks.timing import Row, against, in_turn, seconds, synchronize
+from benchmarks.timing import Row, against, in_turn, release, seconds
 
 MATRICES = 20  # of the curves over the numbers of parameters and threads
 
@@ -52,15 +51,20 @@ def compare(name: str, shapes: Shapes, settings: Settings) -> Row:
     Returns:
         As :func:`benchmarks.timing.against`, for one step; or ``skipped`` with the reason.
     """
-    maker, device = OPTIMIZERS[name], settings.device
     try:
-        params = parameters(maker.taken(shapes, device), device)
-        both = {"reference": OPTIMIZERS[REFERENCE](params), "mine": maker(copies(params))}
+        return _timed(name, shapes, settings)
     except NotMeasuredError as why:
         return {"skipped": str(why)}
+    finally:
+        release(settings.device)
+
+
+def _timed(name: str, shapes: Shapes, settings: Settings) -> Row:
+    maker, device = OPTIMIZERS[name], settings.device
+    params = parameters(maker.taken(shapes, device), device)
+    both = {"reference": OPTIMIZERS[REFERENCE](params), "mine": maker(copies(params))}
     for optimizer in both.values():
         optimizer.step()  # makes the state
-    synchronize(device)
     times = in_turn(
         {key: partial(seconds, optimizer.step, device, CYCLE) for key, optimizer in both.items()},
         rounds=settings.rounds,
@@ -68,8 +72,6 @@ def compare(name: str, shapes: Shapes, settings: Settings) -> Row:
         budget=settings.budget,
         patience=settings.patience,
     )
-    del both, params
-    gc.collect()
     return against(times["mine"], times["reference"], CYCLE)
 
 

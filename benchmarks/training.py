@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from benchmarks.optimizers import CYCLE
 from benchmarks.settings import Settings
-from benchmarks.timing import Row, against, in_turn, seconds, synchronize
+from benchmarks.timing import Row, against, in_turn, release, seconds
 
 CLASSES = 1000
 
@@ -41,24 +40,28 @@ class Training(NamedTuple):
 def measure(settings: Settings) -> Iterator[Row]:
     """SING's training step against AdamW's, in the trainings that ``settings.batches`` names."""
     for name, size in settings.batches.items():
-        training = TRAININGS[name]
-        batch = {key: value.to(settings.device) for key, value in training.batch(size).items()}
-        works = {}
-        for key in ("reference", "mine"):
-            torch.manual_seed(0)
-            model = training.model().to(settings.device).train()
-            step = partial(train_step, model, training.optimizer(model, key == "mine"), training.loss, batch)
-            step()  # makes the state
-            works[key] = partial(seconds, step, settings.device)
-        synchronize(settings.device)
-        # Step by step: in the time of a cycle, the machine may have become another.
-        times = in_turn(
-            works, rounds=settings.rounds * CYCLE, least=settings.least_rounds * CYCLE, budget=settings.training_budget
-        )
-        cycles = {key: _cycles(series) for key, series in times.items()}
-        yield {"training": name, "batch": list(size), **against(cycles["mine"], cycles["reference"], CYCLE)}
-        del works, model, step
-        gc.collect()
+        yield {"training": name, "batch": list(size), **_timed(TRAININGS[name], size, settings)}
+        release(settings.device)
+
+
+def _timed(training: Training, size: Size, settings: Settings) -> Row:
+    batch = {key: value.to(settings.device) for key, value in training.batch(size).items()}
+    works = {}
+    for key in ("reference", "mine"):
+        torch.manual_seed(0)
+        model = training.model().to(settings.device).train()
+        step = partial(train_step, model, training.optimizer(model, key == "mine"), training.loss, batch)
+        step()  # makes the state
+        works[key] = partial(seconds, step, settings.device)
+    # Step by step: in the time of a cycle, the machine may have become another.
+    times = in_turn(
+        works,
+        rounds=settings.rounds * CYCLE,
+        least=settings.least_rounds * CYCLE,
+        budget=settings.training_budget,
+    )
+    cycles = {key: _cycles(series) for key, series in times.items()}
+    return against(cycles["mine"], cycles["reference"], CYCLE)
 
 
 def train_step(
