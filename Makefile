@@ -8,7 +8,7 @@ PYTEST_FLAGS ?= -n auto --dist loadfile
 # fairseq's build needs these. In an isolated build environment pip would fetch a second torch of several GB for it.
 BUILD_TOOLS := torch torchvision numpy cython wheel 'setuptools>=77'
 
-.PHONY: test demo lint test-oldest test-sanitized clean
+.PHONY: test demo bench lint test-oldest test-sanitized clean
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
@@ -16,10 +16,16 @@ test: $(VENV)/ready
 demo: $(VENV)/ready
 	$(VENV)/bin/python recipes/demo/run.py
 
+# About 15 minutes on two cores, on which nothing else should run. `make bench BENCH_FLAGS=…` for another device or number
+# of threads.
+bench: $(VENV)/ready
+	$(VENV)/bin/python -m benchmarks --results benchmarks/results $(BENCH_FLAGS)
+	$(VENV)/bin/python -m benchmarks --update-readme
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes
+	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes benchmarks
 
 # With the oldest versions that pyproject.toml admits, all at once. Left out are the tests of what that torch cannot do:
 # Muon came later to torch and to timm, and sharded tensors are refused before torch 2.14.
