@@ -2,8 +2,8 @@
    weights and state. Nothing of Python's or torch's is needed: the caller gives addresses and keeps threads apart.
 
    The work is cut into units, whose size does not depend on the number of threads and whose sums are added in their
-   order, so that the result does not depend on it either. Statistics are summed up in double: neither the square of
-   3e38 nor that of 1e-45 leaves its range, and 1e8 entries cost no digit.
+   order, so that the result does not depend on it either. Statistics are summed up in double, but for short blocks whose
+   squares float32 can hold: neither the square of 3e38 nor that of 1e-45 is lost, and 1e8 entries cost no digit.
 
    Compile with -fno-math-errno -fno-trapping-math, never with -ffast-math: NaN and infinity must stay what they are. */
 #include <stdint.h>
@@ -14,6 +14,7 @@
 #define EXPORT __declspec(dllexport)
 #define INLINE static __forceinline
 #define SIMD __pragma(loop(ivdep))
+#define SIMD_MAX(TOP) __pragma(loop(ivdep))
 #define RESTRICT __restrict
 #define SQRT sqrt
 #define SQRTF sqrtf
@@ -21,6 +22,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define SIMD _Pragma("omp simd")
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#define SIMD_MAX(TOP) PRAGMA(omp simd reduction(max : TOP))
 #define RESTRICT restrict
 #define SQRT __builtin_sqrt
 #define SQRTF __builtin_sqrtf
@@ -30,7 +33,9 @@
 #endif
 
 #define UNIT 131072 /* entries of a unit: 512 kB of gradient */
-#define LANES 16    /* sums that are kept apart, for the processor to add at once */
+#define LANES 32    /* sums that are kept apart, for the processor to add at once */
+#define BLOCK 128   /* entries between float32 sums and double ones */
+#define CHUNK 512   /* entries whose changes are computed by the same formula */
 
 /* Mirrored in cpu.py, whose ABI and sing_abi's are to be changed with them; every field has eight bytes. */
 typedef struct {
@@ -59,35 +64,59 @@ typedef struct {
 
 enum { ADAMW, ADABELIEF, SGD, SGD_MOMENTUM, SGD_NESTEROV };
 
-/* Sums of (x - shift) and of its square. */
-INLINE void sums(const float *x, int64_t n, double shift, double *sum, double *squares) {
+/* Sums of (x - shift) and of its square, in double throughout. */
+INLINE void exact_sums(const float *x, int64_t n, double shift, double *sum, double *squares) {
   double s = 0, q = 0;
-  int64_t i = 0;
-#if defined(__GNUC__)
-  typedef float Floats __attribute__((vector_size(4 * LANES / 4), aligned(4), may_alias));
-  typedef double Doubles __attribute__((vector_size(8 * LANES / 4)));
-  if (n >= LANES) {
-    Doubles s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, q0 = {0}, q1 = {0}, q2 = {0}, q3 = {0};
-    for (; i + LANES <= n; i += LANES) {
-      const Floats *v = (const Floats *)(x + i);
-      Doubles d0 = __builtin_convertvector(v[0], Doubles) - shift, d1 = __builtin_convertvector(v[1], Doubles) - shift;
-      Doubles d2 = __builtin_convertvector(v[2], Doubles) - shift, d3 = __builtin_convertvector(v[3], Doubles) - shift;
-      s0 += d0; s1 += d1; s2 += d2; s3 += d3;
-      q0 += d0 * d0; q1 += d1 * d1; q2 += d2 * d2; q3 += d3 * d3;
-    }
-    s0 = (s0 + s1) + (s2 + s3);
-    q0 = (q0 + q1) + (q2 + q3);
-    s = (s0[0] + s0[1]) + (s0[2] + s0[3]);
-    q = (q0[0] + q0[1]) + (q0[2] + q0[3]);
-  }
-#endif
-  for (; i < n; i++) {
+  for (int64_t i = 0; i < n; i++) {
     double d = x[i] - shift;
     s += d;
     q += d * d;
   }
   *sum = s;
   *squares = q;
+}
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Half __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
+
+/* The eight sums of a block, added to four in double. */
+INLINE Doubles added(Doubles total, Floats block) {
+  Half halves[2];
+  memcpy(halves, &block, sizeof(block));
+  return total + (__builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles));
+}
+#endif
+
+/* The same, four entries to each sum in float32 before they reach the double. */
+INLINE void sums(const float *x, int64_t n, float shift, double *sum, double *squares) {
+  double s = 0, q = 0;
+  int64_t i = 0;
+#if defined(__GNUC__)
+  if (n >= LANES) {
+    Doubles total = {0}, total_squares = {0};
+    while (n - i >= LANES) {
+      Floats s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, q0 = {0}, q1 = {0}, q2 = {0}, q3 = {0};
+      int64_t end = n - i < BLOCK ? n : i + BLOCK;
+      for (; i + LANES <= end; i += LANES) {
+        const Floats *v = (const Floats *)(x + i);
+        Floats d0 = v[0] - shift, d1 = v[1] - shift, d2 = v[2] - shift, d3 = v[3] - shift;
+        s0 += d0; s1 += d1; s2 += d2; s3 += d3;
+        q0 += d0 * d0; q1 += d1 * d1; q2 += d2 * d2; q3 += d3 * d3;
+      }
+      total = added(total, (s0 + s1) + (s2 + s3));
+      total_squares = added(total_squares, (q0 + q1) + (q2 + q3));
+    }
+    s = (total[0] + total[1]) + (total[2] + total[3]);
+    q = (total_squares[0] + total_squares[1]) + (total_squares[2] + total_squares[3]);
+  }
+#endif
+  double rest, rest_squares;
+  exact_sums(x + i, n - i, shift, &rest, &rest_squares);
+  *sum = s + rest;
+  *squares = q + rest_squares;
+  if (!(*squares > 1e-20 && *squares < 1e37)) exact_sums(x, n, shift, sum, squares); /* too small or large for float32 */
 }
 
 /* The sum of the squares of a unit's entries, centred where they are to be; their rows' means go into `means`. */
@@ -99,55 +128,89 @@ INLINE double statistics_body(const Tensor *t, int64_t begin, int64_t end, float
   }
   for (int64_t row = begin; row < end; row++) {
     const float *grad = t->grad + row * t->columns;
-    double shift = grad[0]; /* the squares of what is left of a row whose mean is large lose nothing then */
+    float shift = grad[0]; /* the squares of what is left of a row whose mean is large lose nothing then */
     sums(grad, t->columns, shift, &s, &q);
     double centred = q - s * (s / (double)t->columns);
     total += centred < 0 ? 0 : centred; /* not the other way round: NaN stays */
-    means[t->row + row] = (float)(shift + s / (double)t->columns);
+    means[t->row + row] = (float)((double)shift + s / (double)t->columns);
   }
   return total;
 }
 
-/* Entries of one row. `host`, `softplus` and `merge` are constants wherever this is inlined. */
-INLINE void update_row(float *RESTRICT param, const float *RESTRICT grad, float *RESTRICT first, float *RESTRICT second,
-                       float *RESTRICT slow, int64_t n, float mean, const Factors *f, const int host,
-                       const int softplus, const int merge) {
+/* The weight after its change, for one entry or a vector of them. */
+INLINE float moved(float weight, float change, float *slow, const Factors *f, const int merge) {
+  float fast = f->keep * weight - f->size * change;
+  if (!merge) return fast;
+  return *slow += f->alpha * (fast - *slow);
+}
+
+/* Up to CHUNK entries of one row for a host with a second moment. y is the root of the corrected moment; with softplus
+   times beta, whose 1/beta is in f->size: the denominator is ln(1 + e^y) then. */
+INLINE void update_adaptive(float *RESTRICT param, const float *RESTRICT grad, float *RESTRICT first,
+                            float *RESTRICT second, float *RESTRICT slow, int64_t n, float mean, const Factors *f,
+                            const int host, const int softplus, const int merge) {
   const float scale = f->scale, scaled_mean = mean * f->scale, inverse = f->inverse, mix1 = f->mix1, beta2 = f->beta2,
-              mix2 = f->mix2, root = f->root, size = f->size, keep = f->keep, eps = f->eps, momentum = f->momentum,
-              alpha = f->alpha;
+              mix2 = f->mix2, root = f->root, eps = f->eps;
+  float y[CHUNK], top = 0;
+  SIMD_MAX(top)
+  for (int64_t i = 0; i < n; i++) {
+    float g = (grad[i] * scale - scaled_mean) * inverse;
+    float m = first[i] + mix1 * (g - first[i]);
+    float deviation = host == ADABELIEF ? g - m : g;
+    float v = beta2 * second[i] + mix2 * (deviation * deviation) + (host == ADABELIEF ? eps : 0.f);
+    first[i] = m;
+    second[i] = v;
+    y[i] = SQRTF(v) * root;
+    if (softplus) top = y[i] > top ? y[i] : top;
+  }
+  if (!softplus) {
+    SIMD
+    for (int64_t i = 0; i < n; i++) param[i] = moved(param[i], first[i] / (y[i] + eps), slow + i, f, merge);
+  } else if (top <= 2.f) { /* nearly always: entries of a tensor of norm 1 are small */
+    /* y/2 and an even function of y, within 1e-7; 2e-7 with the rounding of float32. */
+    SIMD
+    for (int64_t i = 0; i < n; i++) {
+      float a = y[i], z = a * a, z2 = z * z;
+      float even = (0.693147242f + 0.124998376f * z) + z2 * ((-0.00520249596f + 0.000339853403f * z) +
+                                                             z2 * (-2.2107055e-05f + 9.14229702e-07f * z));
+      param[i] = moved(param[i], first[i] / (even + 0.5f * a), slow + i, f, merge);
+    }
+  } else { /* P/Q up to 14, and y beyond, within 2e-7; 5e-7 with the rounding of float32. */
+    SIMD
+    for (int64_t i = 0; i < n; i++) {
+      float a = y[i] < 14.f ? y[i] : 14.f, beyond = y[i] - a, a2 = a * a, a4 = a2 * a2;
+      float p = ((0.693147302f + 0.716306031f * a) + a2 * (0.360261172f + 0.109994091f * a)) +
+                a4 * (0.020469334f + 0.00145198999f * a);
+      float q = ((1.f + 0.312074035f * a) + a2 * (0.114210598f + 0.0202806741f * a)) + a4 * 0.0014554183f;
+      param[i] = moved(param[i], first[i] * q / (p + beyond * q), slow + i, f, merge);
+    }
+  }
+}
+
+/* The same for SGD. */
+INLINE void update_sgd(float *RESTRICT param, const float *RESTRICT grad, float *RESTRICT first, float *RESTRICT slow,
+                       int64_t n, float mean, const Factors *f, const int host, const int merge) {
+  const float scale = f->scale, scaled_mean = mean * f->scale, inverse = f->inverse, momentum = f->momentum;
   SIMD
   for (int64_t i = 0; i < n; i++) {
-    float g = (grad[i] * scale - scaled_mean) * inverse, change;
-    if (host == SGD) {
-      change = g;
-    } else if (host == SGD_MOMENTUM || host == SGD_NESTEROV) {
-      float buffer = momentum * first[i] + g;
+    float change = (grad[i] * scale - scaled_mean) * inverse;
+    if (host != SGD) {
+      float buffer = momentum * first[i] + change;
       first[i] = buffer;
-      change = host == SGD_NESTEROV ? g + momentum * buffer : buffer;
-    } else {
-      float m = first[i] + mix1 * (g - first[i]);
-      float deviation = host == ADABELIEF ? g - m : g;
-      float v = beta2 * second[i] + mix2 * (deviation * deviation) + (host == ADABELIEF ? eps : 0.f);
-      float y = SQRTF(v) * root; /* with softplus its argument: beta times the root of the corrected moment */
-      first[i] = m;
-      second[i] = v;
-      if (softplus) {
-        /* ln(1 + e^y) = P/Q within 2e-7 up to 14, and y beyond; 5e-7 with the rounding of float32. */
-        float a = y < 14.f ? y : 14.f, beyond = y - a, a2 = a * a, a4 = a2 * a2;
-        float p = ((0.693147302f + 0.716306031f * a) + a2 * (0.360261172f + 0.109994091f * a)) +
-                  a4 * (0.020469334f + 0.00145198999f * a);
-        float q = ((1.f + 0.312074035f * a) + a2 * (0.114210598f + 0.0202806741f * a)) + a4 * 0.0014554183f;
-        change = m * q / (p + beyond * q);
-      } else {
-        change = m / (y + eps);
-      }
+      change = host == SGD_NESTEROV ? change + momentum * buffer : buffer;
     }
-    float weight = keep * param[i] - size * change;
-    if (merge) {
-      weight = slow[i] + alpha * (weight - slow[i]);
-      slow[i] = weight;
-    }
-    param[i] = weight;
+    param[i] = moved(param[i], change, slow + i, f, merge);
+  }
+}
+
+/* Entries of one row. `host`, `softplus` and `merge` are constants wherever this is inlined. */
+INLINE void update_row(float *param, const float *grad, float *first, float *second, float *slow, int64_t n, float mean,
+                       const Factors *f, const int host, const int softplus, const int merge) {
+  for (int64_t i = 0; i < n; i += CHUNK) {
+    int64_t left = n - i < CHUNK ? n - i : CHUNK;
+    if (host == ADAMW || host == ADABELIEF)
+      update_adaptive(param + i, grad + i, first + i, second + i, slow + i, left, mean, f, host, softplus, merge);
+    else update_sgd(param + i, grad + i, first + i, slow + i, left, mean, f, host, merge);
   }
 }
 
