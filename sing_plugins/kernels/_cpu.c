@@ -35,7 +35,7 @@
 #define UNIT 131072 /* entries of a unit: 512 kB of gradient */
 #define LANES 32    /* sums that are kept apart, for the processor to add at once */
 #define BLOCK 128   /* entries between float32 sums and double ones */
-#define CHUNK 512   /* entries whose changes are computed by the same formula */
+#define CHUNK 128   /* entries whose changes are computed by the same formula */
 
 /* Mirrored in cpu.py, whose ABI and sing_abi's are to be changed with them; every field has eight bytes. */
 typedef struct {
@@ -82,10 +82,10 @@ typedef float Half __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(32)));
 
 /* The eight sums of a block, added to four in double. */
-INLINE Doubles added(Doubles total, Floats block) {
+INLINE void add(Doubles *total, const Floats *block) {
   Half halves[2];
-  memcpy(halves, &block, sizeof(block));
-  return total + (__builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles));
+  memcpy(halves, block, sizeof(halves));
+  *total += __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
 }
 #endif
 
@@ -105,8 +105,10 @@ INLINE void sums(const float *x, int64_t n, float shift, double *sum, double *sq
         s0 += d0; s1 += d1; s2 += d2; s3 += d3;
         q0 += d0 * d0; q1 += d1 * d1; q2 += d2 * d2; q3 += d3 * d3;
       }
-      total = added(total, (s0 + s1) + (s2 + s3));
-      total_squares = added(total_squares, (q0 + q1) + (q2 + q3));
+      s0 = (s0 + s1) + (s2 + s3);
+      q0 = (q0 + q1) + (q2 + q3);
+      add(&total, &s0);
+      add(&total_squares, &q0);
     }
     s = (total[0] + total[1]) + (total[2] + total[3]);
     q = (total_squares[0] + total_squares[1]) + (total_squares[2] + total_squares[3]);
