@@ -22,11 +22,10 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakSet
 
 from sing_plugins import optimizer_events
@@ -50,8 +49,7 @@ _registered: WeakSet[ModuleType] = WeakSet()  # those of the frameworks' modules
 _patching = RLock()  # two modules of a framework may be imported by two threads
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What :func:`status` tells about one framework."""
 
     framework: str

@@ -1,6 +1,6 @@
 """The libraries that SING works in: where they are found, which versions, and what is patched in them.
 
-Standard library only, since ``import torch`` reads this.
+Standard library only, since ``import torch`` reads this, and no dataclass: each takes a millisecond to be made.
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 
 
-@dataclass(frozen=True)
 class Library:
     """A library in which SING has nothing to register: our package for it is imported by hand.
 
@@ -23,10 +21,8 @@ class Library:
         supported: first supported version, and first unsupported one.
     """
 
-    name: str
-    adapter: str
-    distributions: tuple[str, ...]
-    supported: tuple[str, str]
+    def __init__(self, name: str, adapter: str, distributions: tuple[str, ...], supported: tuple[str, str]) -> None:
+        self.name, self.adapter, self.distributions, self.supported = name, adapter, distributions, supported
 
     @property
     def range(self) -> str:
@@ -65,7 +61,6 @@ class Library:
             raise RuntimeError(f"SING supports {self.name} {self.range}, but {version} is installed")
 
 
-@dataclass(frozen=True)
 class Framework(Library):
     """A framework that knows optimizers by name; its adapter is a :class:`sing_plugins.adapter.Adapter`.
 
@@ -76,8 +71,17 @@ class Framework(Library):
             build another optimizer for an unknown name, which they have in that variable.
     """
 
-    triggers: tuple[str, ...]
-    misreads: tuple[str, str] | None = None
+    def __init__(
+        self,
+        name: str,
+        adapter: str,
+        distributions: tuple[str, ...],
+        supported: tuple[str, str],
+        triggers: tuple[str, ...],
+        misreads: tuple[str, str] | None = None,
+    ) -> None:
+        super().__init__(name, adapter, distributions, supported)
+        self.triggers, self.misreads = triggers, misreads
 
     @property
     def modules(self) -> tuple[str, ...]:
