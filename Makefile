@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-PYTEST_FLAGS ?= -n auto --dist loadfile
+PYTEST_FLAGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # fairseq's build needs these. In an isolated build environment pip would fetch a second torch of several GB for it.
 BUILD_TOOLS := torch torchvision numpy cython wheel 'setuptools>=77'

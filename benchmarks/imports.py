@@ -20,6 +20,7 @@ from benchmarks.timing import Row, in_turn, quartiles
 
 ROOT = Path(__file__).resolve().parents[1]
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+NO_CACHE = "PYTHONDONTWRITEBYTECODE"  # an installed package has its bytecode; a checkout gets it in the first process
 CODE = """
 import json, sys, time
 def measure(code):
@@ -62,7 +63,7 @@ def seconds_of(autoload: str, codes: list[str]) -> list[tuple[float, float]]:
     child = subprocess.run(
         [sys.executable, "-c", CODE, *codes],
         cwd=ROOT,
-        env={**os.environ, SWITCH: autoload},
+        env={name: value for name, value in os.environ.items() if name != NO_CACHE} | {SWITCH: autoload},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -23,6 +23,22 @@ def one_seeded_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# Those of many processes first: whoever is last works alone. xdist's own order goes by the number of tests.
+FIRST = (
+    "test_recipe_iwslt14",
+    "test_wheel",
+    "test_autoload",
+    "test_with_fairseq",
+    "test_with_transformers",
+    "test_cli",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: position for position, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A skipped test is a failed one: a missing framework must not turn the suite green."""

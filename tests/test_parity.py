@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 
 from sing_plugins import SING, wrap
 
-STEPS = 100
+STEPS = 60  # 12 of Lookahead's cycles
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 HOSTS: list[dict[str, Any]] = [
@@ -76,11 +76,19 @@ def describe(options: dict[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items())
 
 
-@pytest.mark.parametrize(
-    ("implementation", "dtype"), [("loop", torch.float64), ("loop", torch.float32), ("fused", torch.float32)], ids=str
-)
-@pytest.mark.parametrize("switches", SWITCHES, ids=describe)
-@pytest.mark.parametrize("host", HOSTS, ids=describe)
+# Where the host has no denominator, softplus switches nothing; in float32 the loop's operations are those of float64.
+CASES = [
+    pytest.param(
+        host, switches, implementation, dtype, id=f"{describe(host)}-{describe(switches)}-{implementation}-{dtype}"
+    )
+    for host, switches in product(HOSTS, SWITCHES)
+    if host["host"] != "sgd" or switches["softplus_beta"]
+    for implementation, dtype in (("loop", torch.float64), ("fused", torch.float32), ("loop", torch.float32))
+    if (implementation, dtype) != ("loop", torch.float32) or len(set(map(bool, switches.values()))) == 1
+]
+
+
+@pytest.mark.parametrize(("host", "switches", "implementation", "dtype"), CASES)
 def test_every_host_and_switch_follows_the_reference(
     host: dict[str, Any], switches: dict[str, Any], implementation: str, dtype: torch.dtype
 ) -> None:
