@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sing_plugins.checks import ParamGroup, check_gradient
 from sing_plugins.kernels import Kernels, implementation_of
 from sing_plugins.lookahead import SLOW, Lookahead
-from sing_plugins.options import AUTO, FUSED, LOOP
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP
 from sing_plugins.sharding import WholeTensors
 from sing_plugins.standardize import standardize
 
@@ -144,6 +144,8 @@ class Standardizing(Optimizer):
             RuntimeError: sparse or complex gradients.
         """
         asked, host = self._implementation(group)
+        if asked in (AUTO, FUSED) and torch.compiler.is_compiling():  # which cannot look into a kernel
+            asked = FOREACH
         batches: dict[object, Batch] = {}
         entries: Counter[object] = Counter()
         for position, param in enumerate(group["params"]):

@@ -319,6 +319,21 @@ def test_a_copy_goes_on_by_itself(duplicate: Callable[[SING], SING]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
 
 
+def test_a_compiled_step_is_made_of_what_the_compiler_knows(recwarn: pytest.WarningsRecorder) -> None:
+    results = []
+    for implementation in ("auto", "foreach"):
+        params = parameters(["matrix", "vector"])
+        step = SING(params, lr=1e-2, implementation=implementation).step
+        step = torch.compile(step, backend="eager") if implementation == "auto" else step
+        for grads in gradients(params, 6):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not [warning for warning in recwarn if "kernels" in str(warning.message)]
+
+
 def test_resuming_is_exact() -> None:
     params, optimizer = trained(SMALL, steps=8)
     others = [nn.Parameter(param.detach().clone()) for param in params]
