@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +53,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def set_gradients(params: list[nn.Parameter], grads: list[Tensor]) -> None:
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()
+
+
+class MatricesOnly(torch.optim.SGD):
+    """Refuses some parameters of a model when it is built, as Muon does, which old torches do not have."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr=lr)
+        if any(param.dim() != 2 for group in self.param_groups for param in group["params"]):
+            raise ValueError("matrices only")

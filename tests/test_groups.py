@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from problems import MatricesOnly
 from torch import nn
 
 import sing_plugins
@@ -356,8 +357,8 @@ def test_layers_that_the_user_freezes_later_stay_frozen() -> None:
 def test_a_plan_that_fails_leaves_flags_and_records_as_they_were() -> None:
     model = net()
     create_optimizer(model)
-    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
-        create_optimizer(model, "sing_muon", freeze="none")
+    with pytest.raises(ValueError, match="matrices only"):
+        create_optimizer(model, "sing_picky", hosts={"picky": MatricesOnly}, freeze="none")
     assert names_where(model, trainable=False) == {"1.weight", "1.bias"}
     assert unfreeze(model) == ["1.weight", "1.bias"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import MatricesOnly
 from torch import nn
 
 import sing_plugins
@@ -129,7 +130,7 @@ def test_unknown_options_and_bad_values_raise_and_say_what_is_valid(
         ({"name": "sing_sgd", "momentum": 0, "nesterov": "true"}, "Invalid nesterov"),
         ({"name": "sing_adam", "betas": "2:3"}, "Invalid beta parameter"),
         ({"typo": 1}, "Unknown option 'typo'"),
-        ({"name": "sing_muon"}, "Muon only supports 2D parameters"),
+        ({"name": "sing_picky", "hosts": {"picky": MatricesOnly}}, "matrices only"),
     ],
     ids=str,
 )

@@ -481,13 +481,13 @@ def test_a_broken_state_is_refused_before_anything_has_changed(case: str) -> Non
 def ambient(what: str) -> Iterator[None]:
     """What scripts set for the whole process."""
     if what == "meta":
-        torch.set_default_device("meta")
-    else:
-        torch.set_default_dtype(getattr(torch, what))
+        with torch.device("meta"):  # torch 2.7 does not get over set_default_device(None)
+            yield
+        return
+    torch.set_default_dtype(getattr(torch, what))
     try:
         yield
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
 
 
