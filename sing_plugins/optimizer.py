@@ -145,9 +145,8 @@ class SING(Standardizing):
                 group.setdefault(name, value)
         for values in self.state.values():
             count = values.get("step")
-            if count is not None and not (
-                isinstance(count, Tensor) and count.is_cpu
-            ):  # on an accelerator by map_location
+            # A number in older files, and on an accelerator where all was loaded there.
+            if count is not None and not getattr(count, "is_cpu", False):
                 values["step"] = _counter(float(count))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

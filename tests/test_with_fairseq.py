@@ -180,7 +180,7 @@ def test_a_host_that_takes_matrices_only_is_refused_before_training(build: Build
         _ = build(optimizer="sing_muon").optimizer
 
 
-@pytest.mark.parametrize("host", ["adabelief", "adafactor", "sgd", "RAdam", "adam", "rprop"])
+@pytest.mark.parametrize("host", ["adabelief", "RAdam", "adam", "rprop"])
 def test_sing_host_is_another_way_to_say_the_name(build: Build, host: str) -> None:
     built = build("--sing-host", host).optimizer.optimizer
     named = build(optimizer=f"sing_{host.lower()}").optimizer.optimizer
