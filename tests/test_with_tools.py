@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import (
     IA3Config,
@@ -54,6 +55,13 @@ from sing_plugins.step import sync_lookahead
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 WORDS = [f"w{number}" for number in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """TRL trains in bfloat16 by default, and an old Accelerate lets nobody else in the process do otherwise."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def inner(optimizer: Any) -> Any:
