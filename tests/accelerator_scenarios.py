@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import problems
 import pytest
 import torch
+from layouts import channels_last, contiguous, gradients, transposed, unaligned
 from reference import Reference
 from torch import Tensor, nn
 
@@ -47,23 +48,6 @@ OPTIONS: list[dict[str, Any]] = [
 
 def name_of(options: dict[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items())
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    """Begins four bytes after where anything would like to begin."""
-    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.t().contiguous().t()
 
 
 # With units of 64 entries: shapes of one unit, of several whole rows a unit, and of several units a row.
@@ -112,15 +96,6 @@ def parameters(names: list[str], dtype: torch.dtype = torch.float32) -> list[nn.
     generator = torch.Generator().manual_seed(0)
     drawn = [(torch.randn(shape, generator=generator), made) for shape, made in map(LAYOUTS.__getitem__, names)]
     return [nn.Parameter(made(value.to(DEVICE, dtype))) for value, made in drawn]
-
-
-def gradients(params: list[nn.Parameter], steps: int) -> Iterator[list[Tensor]]:
-    """Of scales and means that differ by tensor and step, in the layout of their parameters."""
-    generator = torch.Generator().manual_seed(1)
-    for step in range(steps):
-        drawn = [torch.randn(p.shape, generator=generator) * 10.0 ** ((i + step) % 5 - 3) for i, p in enumerate(params)]
-        shifted = [grad + (i % 3) * grad.abs().mean() for i, grad in enumerate(drawn)]
-        yield [torch.empty_like(param).copy_(grad) for param, grad in zip(params, shifted, strict=True)]
 
 
 def run(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -6,12 +6,13 @@ import copy
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layouts import channels_last, contiguous, gradients, transposed, unaligned
 from reference import Reference
 from torch import Tensor, nn
 
@@ -23,23 +24,6 @@ from sing_plugins.standardize import standardize
 UNIT = 1 << 17  # _cpu.c's
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    """Begins four bytes after where anything would like to begin."""
-    return torch.cat([torch.zeros(1, dtype=tensor.dtype), tensor.flatten()])[1:].view(tensor.shape)
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.t().contiguous().t()
 
 
 TAKEN: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
@@ -77,15 +61,6 @@ def parameters(names: list[str], dtype: torch.dtype = torch.float32) -> list[nn.
     return [
         nn.Parameter(made(torch.randn(shape, generator=generator).to(dtype))) for shape, made in map(TAKEN.get, names)
     ]
-
-
-def gradients(params: list[nn.Parameter], steps: int, seed: int = 1) -> Iterator[list[Tensor]]:
-    """Of scales and means that differ by tensor and step, in the layout of their parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        drawn = [torch.randn(p.shape, generator=generator) * 10.0 ** ((i + step) % 5 - 3) for i, p in enumerate(params)]
-        shifted = [grad + (i % 3) * grad.abs().mean() for i, grad in enumerate(drawn)]
-        yield [torch.empty_like(param).copy_(grad) for param, grad in zip(params, shifted, strict=True)]
 
 
 def run(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -206,7 +206,7 @@ def test_with_all_frameworks_every_name_is_known_with_no_import_of_ours(environm
 
 
 def test_the_kernel_of_the_wheel_gives_what_the_loop_gives(environment: Callable[[str], Path], tmp_path: Path) -> None:
-    for file in ("test_kernels.py", "reference.py"):
+    for file in ("test_kernels.py", "layouts.py", "reference.py"):
         shutil.copy(ROOT / "tests" / file, tmp_path)
     chosen = ("-k", "every_layout or threads or bounds", "-p", "no:cacheprovider", "-p", "no:xdist", tmp_path)
     out = run(environment("all"), "-m", "pytest", "-q", *chosen)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from sing_plugins.kernels import accelerator, cpu
+from sing_plugins.lookahead import SLOW
 from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP
 
-# Kind of device -> the module of its kernel: IS_DEFAULT, HOSTS, library, takes_gradient, takes_state and Kernel.
+# Kind of device -> the module of its kernel: IS_DEFAULT, HOSTS, library, takes, takes_counter and Kernel.
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "cuda": accelerator}
 
 
@@ -50,7 +51,11 @@ class Kernels(dict[str, Kernel]):
 
 def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool) -> bool:
     """Whether the kernel of a parameter's device can update its state, where :func:`implementation_of` is fused."""
-    return bool(_MODULES[param.device.type].takes_state(param, state, group, merge))
+    kernel, layout = _MODULES[param.device.type], param.stride()
+    tensors = [state.get(name) for name in (*cpu.moments(group), *([SLOW] if merge else []))]
+    return kernel.takes_counter(state["step"], param, group) and all(
+        tensor is not None and kernel.takes(tensor) and tensor.stride() == layout for tensor in tensors
+    )
 
 
 def asked_for(group: Mapping[str, Any]) -> str:
@@ -77,7 +82,9 @@ def implementation_of(param: Tensor, grad: Tensor, asked: str, host: str | None 
         and (asked == FUSED or kernel.IS_DEFAULT)
         and (host is None or host in kernel.HOSTS)
         and kernel.library() is not None
-        and kernel.takes_gradient(param, grad)
+        and kernel.takes(grad)
+        and grad.stride() == param.stride()
+        and kernel.takes(param)
     ):
         return FUSED
     return FOREACH if asked == FUSED else of_torch(param.device)

@@ -25,7 +25,7 @@ from torch import Tensor
 from sing_plugins.kernels.cpu import HOSTS, Layout, in_rows, moments, rows_of, rule
 from sing_plugins.lookahead import SLOW
 
-__all__ = ["HOSTS", "Kernel", "missing", "takes", "takes_gradient", "takes_state"]
+__all__ = ["HOSTS", "Kernel", "missing", "takes", "takes_counter"]
 
 IS_DEFAULT = False  # has run in Triton's interpreter, and was compiled for GPUs, but was not run on one
 UNIT = 16384  # entries at most that one program takes the statistics of
@@ -80,20 +80,9 @@ def takes(tensor: Tensor) -> bool:
     return (tensor.is_cuda or _is_interpreted()) and in_rows(tensor) and not missing_on(tensor.device)
 
 
-def takes_gradient(param: Tensor, grad: Tensor) -> bool:
-    """Whether the kernel can update a parameter with this gradient."""
-    return takes(grad) and grad.stride() == param.stride() and takes(param)
-
-
-def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool) -> bool:
-    """Whether the kernel can update a parameter's state with it."""
-    tensors = [state.get(name) for name in (*moments(group), *([SLOW] if merge else []))]
-    layout, count = param.stride(), state["step"]
-    return (
-        count.dtype is torch.float32
-        and (_is_on_host(count, group) or count.device == param.device)
-        and all(tensor is not None and takes(tensor) and tensor.stride() == layout for tensor in tensors)
-    )
+def takes_counter(count: Tensor, param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the kernel can count a parameter's steps in a tensor, on the CPU or on the parameter's device."""
+    return count.dtype is torch.float32 and (_is_on_host(count, group) or count.device == param.device)
 
 
 def _is_on_host(count: Tensor, group: dict[str, Any]) -> bool:
@@ -135,10 +124,10 @@ class Kernel:
         """Count, standardize, decay, update and, where it is due, merge Lookahead's slow weights, in place.
 
         Args:
-            params, grads: what :func:`takes_gradient` has accepted, of one device, no two parameters of the same
-                memory.
-            states: what :func:`takes_state` has accepted. Steps are counted where their counters are, on the CPU or on
-                the device.
+            params, grads: those that ``kernels.implementation_of`` calls fused, of one device, no two parameters of the
+                same memory.
+            states: those that ``kernels.takes_state`` has accepted. Steps are counted where their counters are, on the
+                CPU or on the device.
             group: the options. A learning rate that is a tensor on the device is read there.
             merge: whether Lookahead is due.
         """

@@ -104,9 +104,9 @@ def in_rows(tensor: Tensor) -> bool:
     )
 
 
-def takes_gradient(param: Tensor, grad: Tensor) -> bool:
-    """Whether the kernel can update a parameter with this gradient."""
-    return takes(grad) and grad.stride() == param.stride() and takes(param)
+def takes_counter(count: Tensor, param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the kernel can count a parameter's steps in a tensor."""
+    return count.dtype is torch.float32 and count.is_cpu
 
 
 @functools.lru_cache(4096)
@@ -141,8 +141,8 @@ class Kernel:
         """Count, standardize, decay, update and, where it is due, merge Lookahead's slow weights, in place.
 
         Args:
-            params, grads: what :func:`takes_gradient` has accepted, no two parameters of the same memory.
-            states: what :func:`takes_state` has accepted.
+            params, grads: those that ``kernels.implementation_of`` calls fused, no two parameters of the same memory.
+            states: those that ``kernels.takes_state`` has accepted.
             group: the options.
             merge: whether Lookahead is due.
         """
@@ -182,17 +182,6 @@ class Kernel:
         if table is None or table.key != key:
             table = self._tables[id(group)] = _Table(*key)
         return table
-
-
-def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool) -> bool:
-    """Whether the kernel can update a parameter's state with it."""
-    tensors = [state.get(name) for name in (*moments(group), *([SLOW] if merge else []))]
-    layout, count = param.stride(), state["step"]
-    return (
-        count.dtype is torch.float32
-        and count.is_cpu
-        and all(tensor is not None and takes(tensor) and tensor.stride() == layout for tensor in tensors)
-    )
 
 
 def moments(group: dict[str, Any]) -> tuple[str, ...]:
