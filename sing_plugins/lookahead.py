@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sing_plugins.messages import say
-from sing_plugins.standardize import is_dtensor
+from sing_plugins.standardize import in_one_piece, is_dtensor
 
 SLOW = "lookahead_params"
 PHASE = "lookahead_step"
@@ -54,6 +54,8 @@ class Lookahead:
     def begin(self, group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> list[Tensor]:
         """Prepare a step: drop the slow weights of a Lookahead that is off, or that belong to other weights.
 
+        The phase of a group that is ``capturable`` is a tensor on the device of its first parameter.
+
         Args:
             group: the param group.
             params: those of its parameters that are about to be updated.
@@ -65,6 +67,7 @@ class Lookahead:
         if group[self._k] is None:
             self.drop(group, state)
             return []
+        group[self._phase] = _placed(group[self._phase], group)
         starting, changed = [], 0
         for param in params:
             if SLOW not in state.get(param, ()):
@@ -76,20 +79,42 @@ class Lookahead:
             say(f"the weights of {changed} tensors were changed since the last step. {_GOES_ON}", once=True)
         return starting
 
-    def is_due(self, group: dict[str, Any]) -> bool:
-        """Count a step of the group's cycle; whether its slow weights are merged now."""
-        period = group[self._k]
+    def is_due(self, group: dict[str, Any]) -> bool | Tensor:
+        """Count a step of the group's cycle; whether its slow weights are merged now, which the device may know."""
+        period, phase = group[self._k], group[self._phase]
         if period is None:
             return False
-        step = group[self._phase] + 1
+        if isinstance(phase, Tensor):
+            due: Tensor = phase.add_(1) >= period
+            phase.masked_fill_(due, 0)
+            return due
+        step = phase + 1
         group[self._phase] = step if step < period else 0
         return bool(step >= period)
 
-    def merge(self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
-        """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place, for tensors of one device and dtype."""
+    def merge(
+        self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, Any], due: bool | Tensor
+    ) -> None:
+        """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place, for tensors of one device and dtype.
+
+        Args:
+            group: the param group.
+            params: the tensors.
+            state: the optimizer's.
+            due: what :meth:`is_due` has said. Where that is a tensor, nobody looks at it.
+        """
+        if due is False:
+            return
         slow = [state[param][SLOW] for param in params]
-        torch._foreach_lerp_(slow, [p.to(s.dtype) for p, s in zip(params, slow, strict=True)], group[self._alpha])
-        copy_into(params, slow)
+        if due is True:
+            fast = [param.to(weight.dtype) for param, weight in zip(params, slow, strict=True)]
+            torch._foreach_lerp_(slow, fast, group[self._alpha])
+            copy_into(params, slow)
+            return
+        (all_fast, fast), (all_slow, slow_too) = in_one_piece(params), in_one_piece(slow)
+        merged, due = all_slow.lerp(all_fast, group[self._alpha]), due.to(params[0].device, non_blocking=True)
+        copy_into(slow, _chosen(due, merged, all_slow, slow_too))
+        copy_into(params, _chosen(due, merged, all_fast, fast))
 
     def end(self, updated: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
         """Note how a step has left the weights.
@@ -122,6 +147,19 @@ def copy_into(params: list[Tensor], values: list[Tensor]) -> None:
             param.copy_(value)
     else:
         torch._foreach_copy_(params, values)
+
+
+def _chosen(due: Tensor, merged: Tensor, memory: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    torch.where(due, merged, memory, out=memory)
+    return parts
+
+
+def _placed(phase: int | Tensor, group: dict[str, Any]) -> int | Tensor:
+    """The phase as a group counts it: a number, or where a graph of the device may be captured, a tensor there."""
+    if group.get("capturable") and group["params"]:
+        device = group["params"][0].device
+        return torch.as_tensor(phase, device="cpu").to(device) if not isinstance(phase, Tensor) else phase.to(device)
+    return int(phase)
 
 
 def _mark(param: Tensor) -> _Mark:

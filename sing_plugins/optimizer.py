@@ -20,6 +20,8 @@ from sing_plugins.step import Batch, Standardizing, gradient
 # The options that only some hosts have; None in the constructor stands for the host's own default.
 HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
 
+_CPU = torch.device("cpu")
+
 # Param group keys of the optimizer file published with the paper -> ours.
 PAPER_KEYS = {"grad_central": "centralize", "grad_norm": "normalize", "la_alpha": "lookahead_alpha"}
 
@@ -43,6 +45,10 @@ class SING(Standardizing):
             Reaches tensors of more than one dimension only, unless ``decay_all``. Default 0.
         foreach: torch's name for ``implementation="foreach"`` (True) and ``"loop"`` (False); None leaves it to that.
         maximize: ascend instead of descending.
+        capturable: keep the counts of steps and Lookahead's phase on the parameters' device, so that a CUDA graph of a
+            step can be replayed: it counts on, and it reads ``lr`` from the tensor on the device that is given there
+            (a number is captured as it is). One step has to be made before the capture. Default False: such counts
+            are kept on the CPU, where they cost less.
         implementation: ``"fused"``, ``"foreach"``, ``"loop"``, or ``"auto"`` (default): fused where a kernel takes the
             tensor (see :mod:`sing_plugins.kernels`), else foreach on accelerators and loop on the CPU. What is asked
             to be fused and cannot be is updated by foreach.
@@ -82,6 +88,7 @@ class SING(Standardizing):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         implementation: str = "auto",
         host: str = "adamw",
         momentum: float | None = None,
@@ -109,6 +116,7 @@ class SING(Standardizing):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
+            "capturable": capturable,
             "implementation": implementation,
             "differentiable": False,  # unpickling a torch optimizer adds it to the defaults
             "host": host,
@@ -144,10 +152,8 @@ class SING(Standardizing):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         for values in self.state.values():
-            count = values.get("step")
-            # A number in older files, and on an accelerator where all was loaded there.
-            if count is not None and not getattr(count, "is_cpu", False):
-                values["step"] = _counter(float(count))
+            if "step" in values and not isinstance(values["step"], Tensor):  # in older files
+                values["step"] = _counter(values["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SING with the same host, or of the optimizer file published with the paper.
@@ -195,10 +201,13 @@ class SING(Standardizing):
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.to(working_dtype(param), copy=True)
 
+    def _lacks_state(self, param: Tensor) -> bool:
+        return "step" not in self.state.get(param, ())
+
     def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
         return asked_for(group), group["host"]
 
-    def _update(self, batch: Batch, group: ParamGroup, merge: bool) -> None:
+    def _update(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
         if batch.implementation != FUSED:
             self._update_by_torch(batch, group)
             super()._update(batch, group, merge)
@@ -224,7 +233,7 @@ class SING(Standardizing):
         weights = [param.float() for param in params] if low_precision else params
         states = [self._state(param, weight, group) for param, weight in zip(params, weights, strict=True)]
         torch._foreach_add_([state["step"] for state in states], 1.0)
-        lr = float(group["lr"])
+        lr = group["lr"].reshape(()) if group["capturable"] and isinstance(group["lr"], Tensor) else float(group["lr"])
         if group["weight_decay"]:
             decayed = [weight for weight in weights if weight.dim() > 1 or group["decay_all"]]
             if decayed:
@@ -235,15 +244,18 @@ class SING(Standardizing):
 
     def _state(self, param: Tensor, weight: Tensor, group: ParamGroup) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
+        device = param.device if group["capturable"] else _CPU
         if "step" not in state:
-            state["step"] = _counter(0)
+            state["step"] = _counter(0, device)
             state.update(HOSTS[group["host"]].init_state(weight, group))
+        elif state["step"].device != device:  # loaded onto another, or capturable since
+            state["step"] = state["step"].to(device)
         return state
 
 
-def _counter(step: float) -> Tensor:
+def _counter(step: float, device: torch.device = _CPU) -> Tensor:
     # Whatever the default dtype and device of the script: bfloat16 counts to 256.
-    return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    return torch.tensor(float(step), dtype=torch.float32, device=device)
 
 
 def _host_options(host: object, given: ParamGroup) -> ParamGroup:

@@ -208,6 +208,7 @@ OPTIONS: dict[str, Option] = {
         ),
         Option("lookahead_alpha", parse_real, _real(0.0, 1.0, open_low=True, closed_high=True), "a number in (0, 1]"),
         Option("maximize", parse_flag, _flag, _EITHER),
+        Option("capturable", parse_flag, _flag, _EITHER),
         Option("foreach", optional(parse_flag), _or_none(_flag), "True, False or None (choose the faster)"),
         Option("implementation", parse_word, IMPLEMENTATIONS.__contains__, ", ".join(IMPLEMENTATIONS)),
         Option("freeze", parse_word, FREEZE.__contains__, ", ".join(FREEZE)),

@@ -19,7 +19,6 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Blocks of this many entries keep the error below 1e-6; their norms are then combined in float64.
 CPU_NORM_BLOCK = 16384
 
-_WITHOUT_FLOAT64 = ("mps",)
 
 # Squares of the entries that make up a smaller norm are denormal, or zero.
 _SAFE = {dtype: torch.finfo(dtype).tiny ** 0.5 * 1e4 for dtype in (torch.float32, torch.float64)}
@@ -30,6 +29,11 @@ _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a tensor's statistics and state are kept: float32 at least."""
     return torch.float32 if tensor.dtype in LOW_PRECISION else tensor.dtype
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -66,7 +70,7 @@ def norm(grad: Tensor) -> Tensor:
 
 def _norms_unread(grads: Sequence[Tensor]) -> Sequence[Tensor]:
     """Γ of tensors of one device where an overflow would go unseen: float64, which has none, sums up the squares."""
-    dtype = torch.float64 if grads[0].device.type not in _WITHOUT_FLOAT64 else None
+    dtype = widest(grads[0].device)
     if is_dtensor(grads[0]):
         return [_vector_norm(grad, dtype=dtype) for grad in grads]
     return torch._foreach_norm(list(grads), 2, dtype)  # reads tensors as they are, of which the other makes a copy
@@ -95,6 +99,8 @@ def standardize(
     """
     if not grads:
         return []
+    if normalize and _share_memory_well(grads):
+        return _standardize_in_one_piece(grads, centralize, eps, rows_of_one)
     whole = [grad.to(working_dtype(grad)) for grad in grads]
     centred = [_centralize(grad, rows_of_one) for grad in whole] if centralize else whole
     if not normalize:
@@ -117,6 +123,46 @@ def _normalize(grad: Tensor, centred: Tensor, eps: float, rows_of_one: bool | No
     scale = _largest(grad)
     centred = grad / scale if rows_of_one is None else _centralize(grad / scale, rows_of_one)
     return centred / (norm(centred) + eps / scale)
+
+
+def _share_memory_well(grads: Sequence[Tensor]) -> bool:
+    """Whether launches are what a step's time goes into, and one piece of memory can hold these gradients."""
+    return not (_may_be_read(grads[0]) or is_dtensor(grads[0])) and len({working_dtype(grad) for grad in grads}) == 1
+
+
+def _standardize_in_one_piece(grads: Sequence[Tensor], centralize: bool, eps: float, rows_of_one: bool) -> list[Tensor]:
+    """Standardize with two launches for each tensor that is centralized, and few for all together.
+
+    The gradients are copied into one piece of memory, since no multi-tensor function divides each tensor by its own
+    number that is on the device.
+    """
+    memory, parts = in_one_piece(grads)
+    for part in parts:
+        if centralize and has_centre(part.shape, rows_of_one):
+            part.sub_(part.mean(dim=tuple(range(1, part.dim())), keepdim=True))
+    lengths = torch.stack(list(_norms_unread(parts))).add_(eps).to(memory.dtype)
+    each = [length.expand(part.numel()) for length, part in zip(lengths.unbind(), parts, strict=True)]
+    memory.div_(torch.cat(each))
+    return parts
+
+
+def in_one_piece(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of tensors of one device and working dtype, made by one launch.
+
+    Returns:
+        The memory that all of them share, and the copies, with the strides of the tensors that have no gaps.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    memory = torch.empty(sum(sizes), dtype=working_dtype(tensors[0]), device=tensors[0].device)
+    parts = [_shaped_like(part, tensor) for part, tensor in zip(torch.split(memory, sizes), tensors, strict=True)]
+    torch._foreach_copy_(parts, list(tensors))
+    return memory, parts
+
+
+def _shaped_like(part: Tensor, tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return part.view(tensor.shape)
+    return part.as_strided(tensor.shape, tensor.stride())
 
 
 def _may_be_read(tensor: Tensor) -> bool:

@@ -100,6 +100,8 @@ class Standardizing(Optimizer):
         live: Live = [(group, self._batches(group)) for group in self.param_groups]
         lookahead, state = self._lookahead, self.state
         starting = [p for group, batches in live for p in lookahead.begin(group, _params(batches), state)]
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._check_capture(live, starting)
         begun = {param: (param._version, self._slow_weight(param)) for param in starting}
         try:
             self._step_host(live)
@@ -125,13 +127,35 @@ class Standardizing(Optimizer):
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.clone()
 
+    def _lacks_state(self, param: Tensor) -> bool:
+        """Whether an update would make a parameter's state."""
+        return False  # a host's that is wrapped is the host's affair
+
     def _step_host(self, live: Live) -> None:
         """Make the step of a host that updates all groups at once."""
 
-    def _update(self, batch: Batch, group: ParamGroup, merge: bool) -> None:
+    def _check_capture(self, live: Live, starting: list[Tensor]) -> None:
+        """Raise for a step that a graph of the device would repeat wrongly, before anything is changed.
+
+        Raises:
+            RuntimeError: says what to do.
+        """
+        for group, batches in live:
+            if not group.get("capturable", False):
+                raise RuntimeError(
+                    "Invalid capturable: False, but a step is being captured into a graph of the device, which would "
+                    "repeat this step's count, bias correction and phase of Lookahead for ever. Give capturable=True."
+                )
+            if starting or any(map(self._lacks_state, _params(batches))):
+                raise RuntimeError(
+                    "A step is being captured into a graph of the device, but some state does not exist yet, and the "
+                    "graph would make it anew each time. Make one step with all gradients before, as in torch's notes "
+                    "on CUDA graphs."
+                )
+
+    def _update(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
         """Update tensors where the host updates one batch after the other, then merge their slow weights if due."""
-        if merge:
-            self._lookahead.merge(group, batch.params, self.state)
+        self._lookahead.merge(group, batch.params, self.state, merge)
 
     def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
         """The implementation that is wanted for a group, and the host that it would have to know."""

@@ -264,20 +264,21 @@ def test_parameters_that_lack_a_gradient_in_some_steps_count_their_own_steps() -
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])
-def test_steps_and_rates_on_the_device_are_read_there(lr: Any) -> None:
+def test_steps_rates_and_merges_on_the_device_are_read_there(lr: Any) -> None:
     names = ["vector", "matrix"]
-    (params, optimizer), (others, other) = trained(names, 2), trained(names, 2)
+    (params, optimizer), (others, other) = trained(names, 2, lookahead_k=3), trained(names, 2, lookahead_k=3)
     (group,) = optimizer.param_groups
     group["capturable"] = True
     group["lr"] = lr.to(DEVICE) if isinstance(lr, Tensor) else lr
     other.param_groups[0]["lr"] = 0.05
-    for state in optimizer.state.values():
-        state["step"] = state["step"].to(DEVICE)
-    run(params, optimizer, 2)
-    run(others, other, 2)
-    for param, expected in zip(params, others, strict=True):
-        torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
-        assert optimizer.state[param]["step"].item() == 4
+    for _ in range(5):
+        run(params, optimizer, 1)
+        run(others, other, 1)
+        for param, expected in zip(params, others, strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+        assert group["lookahead_step"].device == DEVICE
+        assert group["lookahead_step"].item() == other.param_groups[0]["lookahead_step"]
+    assert [optimizer.state[param]["step"].item() for param in params] == [7, 7]
 
 
 def test_only_what_has_changed_is_copied(copies: list[object]) -> None:
@@ -425,17 +426,15 @@ def test_a_step_is_three_launches_and_no_wait(host: dict[str, Any]) -> None:
 
 
 @on_a_device
-def test_a_graph_of_a_step_makes_steps() -> None:
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "loop"])
+def test_a_graph_of_a_step_makes_steps(implementation: str) -> None:
     results = []
     for is_captured in (False, True):
         params = parameters(["vector", "matrix"])
         lr = torch.tensor(1e-2, device=DEVICE)
-        optimizer = SING(params, lr=lr, lookahead_k=None)
-        optimizer.param_groups[0]["capturable"] = True
+        optimizer = SING(params, lr=lr, lookahead_k=2, implementation=implementation, capturable=True)
         for param in params:
             param.grad = torch.ones_like(param) * param.detach().sin()
-            optimizer._state(param, param, optimizer.param_groups[0])
-            optimizer.state[param]["step"] = torch.zeros((), device=DEVICE)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -11,7 +11,7 @@ from reference import centralized, normalized
 from torch import nn
 
 from sing_plugins import SING
-from sing_plugins.standardize import _norms_unread, centralize, norm, standardize
+from sing_plugins.standardize import _norms_unread, _standardize_in_one_piece, centralize, norm, standardize
 
 BARE = {"host": "sgd", "momentum": 0.0, "lookahead_k": None}  # equation 2 alone: no momentum, no Lookahead
 
@@ -159,6 +159,24 @@ def test_a_norm_that_is_not_looked_at_does_not_overflow() -> None:
     huge, tiny = _norms_unread([torch.full((10_000,), 1e25), torch.full((100, 100), 1e-30)])
     assert huge.item() == pytest.approx(1e27)
     assert tiny.item() == pytest.approx(1e-28)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_of_one", [False, True])
+def test_gradients_in_one_piece_of_memory_as_on_an_accelerator_are_the_same(
+    dtype: torch.dtype, rows_of_one: bool
+) -> None:
+    grads = [grad.to(dtype) for grad in next(gradients(1))]
+    grads += [torch.randn(3, 4, 5, 6).to(dtype, memory_format=torch.channels_last), torch.randn(8, 4).t().to(dtype)]
+    grads += [torch.full((3, 4), float("nan"), dtype=dtype), torch.randn(1, 4).to(dtype).expand(3, 4)]
+    together = _standardize_in_one_piece(grads, True, 1e-8, rows_of_one)
+    for grad, result in zip(grads, together, strict=True):
+        (expected,) = standardize([grad.double()], rows_of_one=rows_of_one)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert result.dtype == torch.float32
+        assert result.stride() == torch.empty_like(grad).stride()
+    (only,) = _standardize_in_one_piece(grads[:1], False, 1e-8, rows_of_one)
+    torch.testing.assert_close(only, standardize(grads[:1], centralize=False)[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sing_plugins.hosts.base import Group, Host, State, Tensors, bias_corrections, column, denominators
+from sing_plugins.hosts.base import Group, Host, State, Tensors, column, move
 
 
 def init_state(param: Tensor, group: Group) -> State:
@@ -20,10 +20,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
     torch._foreach_mul_(exp_avg_vars, beta2)
     torch._foreach_addcmul_(exp_avg_vars, residuals, residuals, value=1 - beta2)
     torch._foreach_add_(exp_avg_vars, group["eps"])  # the algorithm keeps this eps in its state
-    of_first, of_second = bias_corrections(states, beta1, beta2)
-    denoms = denominators(exp_avg_vars, of_second, group)
-    step_sizes = [-group["lr"] / correction for correction in of_first]
-    torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
+    move(params, exp_avgs, exp_avg_vars, states, group)
 
 
 HOST = Host("adabelief", {"betas": (0.9, 0.999)}, init_state, update)

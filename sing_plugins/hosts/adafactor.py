@@ -24,7 +24,7 @@ def init_state(param: Tensor, group: Group) -> State:
 
 def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -> None:
     for param, grad, state in zip(params, grads, states, strict=True):
-        decay = state["step"].item() ** -group["decay_rate"]
+        decay = (state["step"] if group["capturable"] else state["step"].item()) ** -group["decay_rate"]
         change = grad / _denominator(grad.square() + EPS_SQUARE, decay, state, group)
         change = sharded_like(param, change)
         rms = norm(change) / change.numel() ** 0.5
@@ -36,7 +36,9 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
         param.sub_(change)
 
 
-def _denominator(square: Tensor, decay: float, state: State, group: Group) -> Tensor:
+def _denominator(square: Tensor, decay: float | Tensor, state: State, group: Group) -> Tensor:
+    if isinstance(decay, Tensor):
+        decay = decay.to(square.dtype)
     if square.dim() < 2:
         root = state["exp_avg_sq"].lerp_(square, decay).sqrt()
     else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sing_plugins.standardize import widest
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -48,17 +49,23 @@ def column(states: Sequence[State], key: str) -> Tensors:
     return [state[key] for state in states]
 
 
-def bias_corrections(states: Sequence[State], *betas: float) -> list[list[float]]:
-    """``1 - beta**step`` for each beta and state, in double precision: in float32 it alone costs 5e-6."""
-    steps = torch.stack(column(states, "step")).tolist()  # one look at all counters
-    return [[1 - beta**step for step in steps] for beta in betas]
-
-
-def denominators(second_moments: Tensors, corrections: Sequence[float], group: Group) -> Tensors:
-    """``√v̂`` made safe to divide by: softplus of it, or ``eps`` added to it."""
+def move(params: Tensors, first_moments: Tensors, second_moments: Tensors, states: list[State], group: Group) -> None:
+    """``p ← p - lr · m̂ / √v̂``, with a denominator that is safe to divide by (:func:`calibrate`)."""
+    beta1, beta2 = group["betas"]
+    steps = torch.stack(column(states, "step"))
     roots = list(torch._foreach_sqrt(second_moments))
-    torch._foreach_div_(roots, [math.sqrt(correction) for correction in corrections])
-    return calibrate(roots, group)
+    # Corrections in double precision: in float32 they alone cost 5e-6.
+    if group["capturable"]:
+        counts = steps.to(widest(steps.device))
+        torch._foreach_mul_(roots, list((1 - beta2**counts).rsqrt().unbind()))
+        denoms = calibrate(roots, group)
+        torch._foreach_mul_(denoms, list(((beta1**counts - 1) / group["lr"]).unbind()))
+        torch._foreach_addcdiv_(params, first_moments, denoms)
+        return
+    taken = steps.tolist()  # one look at all counters
+    torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in taken])
+    sizes = [-group["lr"] / (1 - beta1**step) for step in taken]
+    torch._foreach_addcdiv_(params, first_moments, calibrate(roots, group), sizes)
 
 
 def calibrate(roots: Tensors, group: Group) -> Tensors:

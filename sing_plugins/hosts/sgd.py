@@ -22,7 +22,10 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
-    torch._foreach_add_(params, grads, alpha=-group["lr"])
+    if isinstance(group["lr"], Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(grads, group["lr"]))
+    else:
+        torch._foreach_add_(params, grads, alpha=-group["lr"])
 
 
 HOST = Host("sgd", {"momentum": 0.9, "nesterov": False}, init_state, update, softplus=False)

@@ -35,7 +35,7 @@ class Kernel(Protocol):
         grads: list[Tensor],
         states: list[dict[str, Any]],
         group: dict[str, Any],
-        merge: bool,
+        merge: bool | Tensor,
     ) -> None: ...
 
     def standardize(self, grads: list[Tensor], group: dict[str, Any], prefix: str, eps: float) -> list[Tensor]: ...
@@ -49,10 +49,10 @@ class Kernels(dict[str, Kernel]):
         return self[kind]
 
 
-def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool) -> bool:
+def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool | Tensor) -> bool:
     """Whether the kernel of a parameter's device can update its state, where :func:`implementation_of` is fused."""
     kernel, layout = _MODULES[param.device.type], param.stride()
-    tensors = [state.get(name) for name in (*cpu.moments(group), *([SLOW] if merge else []))]
+    tensors = [state.get(name) for name in (*cpu.moments(group), *([SLOW] if merge is not False else []))]
     return kernel.takes_counter(state["step"], param, group) and all(
         tensor is not None and kernel.takes(tensor) and tensor.stride() == layout for tensor in tensors
     )

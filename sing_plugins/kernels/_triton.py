@@ -251,12 +251,16 @@ def update(
     eps,
     momentum,
     alpha,
+    due,
     host: tl.constexpr,
     softplus: tl.constexpr,
     merge: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Update ``block`` entries, one program each. Without a host, the divided gradient is written to ``param``."""
+    """Update ``block`` entries, one program each. Without a host, the divided gradient is written to ``param``.
+
+    Slow weights are merged for a ``merge`` of 1, and for one of 2 where ``due`` is not 0 on the device.
+    """
     number = tl.program_id(0)
     tensor = tl.load(tensor_of_block + number).to(tl.int64)
     mine = layout + tensor * _LAYOUT
@@ -314,7 +318,10 @@ def update(
             else:
                 change = tl.div_rn(m, y + eps)
         weight = tl.load(factor + _KEEP) * tl.load(param, mask=there, other=0.0) - tl.load(factor + _SIZE) * change
-        if merge:
+        merges = merge == 1
+        if merge == 2:
+            merges = tl.load(due) != 0
+        if merges:
             before = tl.load(slow, mask=there, other=0.0)
             weight = before + alpha * (weight - before)
             tl.store(slow, weight, mask=there)

@@ -31,6 +31,7 @@ IS_DEFAULT = False  # has run in Triton's interpreter, and was compiled for GPUs
 UNIT = 16384  # entries at most that one program takes the statistics of
 BLOCK = 1024  # entries that one program updates
 _NO_HOST = -1
+_AS_DUE = 2  # merge where the device finds that it is due
 
 
 @functools.cache
@@ -103,7 +104,7 @@ class _Options(NamedTuple):
     momentum: float = 0.0
     maximize: bool = False
     alpha: float = 0.0
-    merge: bool = False
+    merge: bool | Tensor = False
 
 
 class Kernel:
@@ -119,7 +120,7 @@ class Kernel:
         grads: list[Tensor],
         states: list[dict[str, Any]],
         group: dict[str, Any],
-        merge: bool,
+        merge: bool | Tensor,
     ) -> None:
         """Count, standardize, decay, update and, where it is due, merge Lookahead's slow weights, in place.
 
@@ -129,7 +130,7 @@ class Kernel:
             states: those that ``kernels.takes_state`` has accepted. Steps are counted where their counters are, on the
                 CPU or on the device.
             group: the options. A learning rate that is a tensor on the device is read there.
-            merge: whether Lookahead is due.
+            merge: whether Lookahead is due; where that is a tensor, the kernel looks at it.
         """
         host, softplus_beta = rule(group)
         options = _Options(
@@ -184,7 +185,7 @@ class Kernel:
         """Launch the kernels on the current device, which is the table's."""
         if _is_captured(table.device):
             self._captured.append(table.memory())  # a CUDA graph finds it where it is now, whenever it is replayed
-        kernels, lr, (beta1, beta2) = _load(), options.lr, options.betas
+        kernels, lr, merge, (beta1, beta2) = _load(), options.lr, options.merge, options.betas
         lr_is_there = isinstance(lr, Tensor) and lr.device == table.device
         has_statistics, has_softplus = options.centralize or options.normalize, options.softplus_beta is not None
         tables, statistics = (table.addresses, table.layout), (table.sums, table.squares, table.means)
@@ -217,9 +218,10 @@ class Kernel:
             float(options.eps),
             float(options.momentum),
             float(options.alpha),
+            merge.to(table.device, torch.int32) if isinstance(merge, Tensor) else table.factors,
             host=options.host,
             softplus=has_softplus,
-            merge=options.merge,
+            merge=_AS_DUE if isinstance(merge, Tensor) else int(merge),
             block=BLOCK,
         )
 

@@ -136,7 +136,7 @@ class Kernel:
         grads: list[Tensor],
         states: list[dict[str, Any]],
         group: dict[str, Any],
-        merge: bool,
+        merge: bool | Tensor,
     ) -> None:
         """Count, standardize, decay, update and, where it is due, merge Lookahead's slow weights, in place.
 
@@ -147,6 +147,7 @@ class Kernel:
             merge: whether Lookahead is due.
         """
         table = self._table(params, group, (group["centralize"], group["centralize_rows_of_one"], group["decay_all"]))
+        merge = bool(merge)
         pointed = {"step": "step", **dict(zip(("first", "second"), moments(group), strict=False))}
         if merge:
             pointed["slow"] = SLOW
