@@ -308,7 +308,8 @@ def test_a_compiled_step_is_made_of_what_the_compiler_knows(recwarn: pytest.Warn
                 param.grad = grad
             step()
         results.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for param, expected in zip(*results, strict=True):
+        torch.testing.assert_close(param, expected, rtol=2e-6, atol=1e-7)  # torch takes the step for capturable there
     assert not [warning for warning in recwarn if "kernels" in str(warning.message)]
 
 

@@ -51,11 +51,20 @@ class Kernels(dict[str, Kernel]):
 
 def takes_state(param: Tensor, state: dict[str, Any], group: dict[str, Any], merge: bool | Tensor) -> bool:
     """Whether the kernel of a parameter's device can update its state, where :func:`implementation_of` is fused."""
-    kernel, layout = _MODULES[param.device.type], param.stride()
-    tensors = [state.get(name) for name in (*cpu.moments(group), *([SLOW] if merge is not False else []))]
-    return kernel.takes_counter(state["step"], param, group) and all(
-        tensor is not None and kernel.takes(tensor) and tensor.stride() == layout for tensor in tensors
-    )
+    if not _MODULES[param.device.type].takes_counter(state["step"], param, group):
+        return False
+    names, layout, shape, device = cpu.moments(group), param.stride(), param.shape, param.device
+    for name in (*names, SLOW) if merge is not False else names:
+        tensor = state.get(name)
+        if (
+            type(tensor) is not Tensor
+            or tensor.dtype is not torch.float32
+            or tensor.stride() != layout
+            or tensor.shape != shape
+            or tensor.device != device
+        ):
+            return False
+    return True
 
 
 def asked_for(group: Mapping[str, Any]) -> str:
@@ -82,9 +91,9 @@ def implementation_of(param: Tensor, grad: Tensor, asked: str, host: str | None 
         and (asked == FUSED or kernel.IS_DEFAULT)
         and (host is None or host in kernel.HOSTS)
         and kernel.library() is not None
-        and kernel.takes(grad)
-        and grad.stride() == param.stride()
         and kernel.takes(param)
+        and kernel.takes_entries(grad)
+        and grad.stride() == param.stride()
     ):
         return FUSED
     return FOREACH if asked == FUSED else of_torch(param.device)

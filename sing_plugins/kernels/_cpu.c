@@ -283,7 +283,7 @@ COMPILE(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,fma,prefer-vect
 #endif
 
 /* To be compared with cpu.py's, which may have changed since this was compiled. */
-EXPORT int64_t sing_abi(void) { return 1; }
+EXPORT int64_t sing_abi(void) { return 2; }
 
 #ifdef _WIN32
 EXPORT void *PyInit__cpu(void) { return 0; } /* which the linker is told to look for there */
@@ -370,37 +370,35 @@ static double sum_of_units(const Unit *unit, const double *squares) {
 
 static int variant(const Options *o) { return (int)(o->host * 4 + (o->softplus ? 2 : 0) + (o->merge ? 1 : 0)); }
 
-/* Statistics of units begin..end. Those of a tensor of one unit are left to sing_update, which finds it in the cache. */
-EXPORT void sing_statistics(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
-                            double *squares, int64_t instruction_set) {
+/* Whether units begin..end, which one thread has, are all units of this one's tensor. */
+static int has_all(const Unit *unit, int64_t begin, int64_t end) { return unit->first >= begin && unit->last <= end; }
+
+/* Statistics of those of units begin..end whose tensors reach beyond them. */
+EXPORT void sing_shared(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
+                        double *squares, int64_t instruction_set) {
   const Code *run = code(instruction_set);
   for (int64_t k = begin; k < end; k++)
-    if (units[k].last - units[k].first > 1)
+    if (!has_all(units + k, begin, end))
       squares[k] = run->statistics(tensors + units[k].tensor, units[k].begin, units[k].end, means);
 }
 
-/* Update units begin..end, after the statistics of all units. Without `options->host`, a negative one, the divided
-   gradient is written to where `first` points. */
-EXPORT void sing_update(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
-                        double *squares, const Options *options, int64_t instruction_set) {
+/* Update units begin..end, after sing_shared of all units: tensor by tensor, so that the gradient, of which statistics
+   are taken first, is in the cache. Without `options->host`, a negative one, the divided gradient is written to where
+   `first` points. */
+EXPORT void sing_step(const Tensor *tensors, const Unit *units, int64_t begin, int64_t end, float *means,
+                      double *squares, const Options *options, int64_t instruction_set) {
   const Code *run = code(instruction_set);
-  for (int64_t k = end - 1; k >= begin; k--) { /* backwards: what was read last may still be in the cache */
-    const Unit *unit = units + k;
-    const Tensor *t = tensors + unit->tensor;
-    if (unit->last - unit->first == 1) squares[k] = run->statistics(t, unit->begin, unit->end, means);
-    Factors f = factors(t, options, sum_of_units(unit, squares));
-    if (options->host < 0) run->divide(t, unit->begin, unit->end, means, &f);
-    else run->update(t, unit->begin, unit->end, means, &f, variant(options));
-  }
-}
-
-/* The same for all tensors in one thread, each of them at once. */
-EXPORT void sing_step(const Tensor *tensors, const Unit *units, int64_t count, float *means, double *squares,
-                      const Options *options, int64_t instruction_set) {
-  for (int64_t begin = 0; begin < count; begin = units[begin].last) {
-    int64_t end = units[begin].last;
-    sing_statistics(tensors, units, begin, end, means, squares, instruction_set);
-    sing_update(tensors, units, begin, end, means, squares, options, instruction_set);
+  for (int64_t next; begin < end; begin = next) {
+    const Tensor *t = tensors + units[begin].tensor;
+    next = units[begin].last < end ? units[begin].last : end;
+    if (has_all(units + begin, begin, end))
+      for (int64_t k = begin; k < next; k++)
+        squares[k] = run->statistics(t, units[k].begin, units[k].end, means);
+    Factors f = factors(t, options, sum_of_units(units + begin, squares));
+    for (int64_t k = next - 1; k >= begin; k--) { /* backwards: what was read last may still be in the cache */
+      if (options->host < 0) run->divide(t, units[k].begin, units[k].end, means, &f);
+      else run->update(t, units[k].begin, units[k].end, means, &f, variant(options));
+    }
   }
 }
 

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sing_plugins.kernels.cpu import HOSTS, Layout, in_rows, moments, rows_of, rule
+from sing_plugins.kernels.cpu import HOSTS, Layout, are_entries, in_rows, moments, rows_of, rule
 from sing_plugins.lookahead import SLOW
 
-__all__ = ["HOSTS", "Kernel", "missing", "takes", "takes_counter"]
+__all__ = ["HOSTS", "Kernel", "missing", "takes", "takes_counter", "takes_entries"]
 
 IS_DEFAULT = False  # has run in Triton's interpreter, and was compiled for GPUs, but was not run on one
 UNIT = 16384  # entries at most that one program takes the statistics of
@@ -79,6 +79,11 @@ def _is_interpreted() -> bool:
 def takes(tensor: Tensor) -> bool:
     """Whether the kernel can work on a tensor."""
     return (tensor.is_cuda or _is_interpreted()) and in_rows(tensor) and not missing_on(tensor.device)
+
+
+def takes_entries(tensor: Tensor) -> bool:
+    """The same of a tensor that has the shape and the strides of one that is taken."""
+    return (tensor.is_cuda or _is_interpreted()) and are_entries(tensor)
 
 
 def takes_counter(count: Tensor, param: Tensor, group: dict[str, Any]) -> bool:

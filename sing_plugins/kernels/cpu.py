@@ -24,7 +24,7 @@ from sing_plugins.lookahead import SLOW
 from sing_plugins.standardize import has_centre
 
 IS_DEFAULT = True
-ABI = 1  # _cpu.c's sing_abi
+ABI = 2  # _cpu.c's sing_abi
 _ADDRESSES = ("param", "first", "second", "slow", "step", "grad")
 _FIELDS = (*_ADDRESSES, "rows", "columns", "centred", "decays", "row")
 _UNIT = ("tensor", "begin", "end", "first", "last")
@@ -72,9 +72,8 @@ def _load() -> ctypes.CDLL:
         "sing_abi": [],
         "sing_instruction_sets": [],
         "sing_units": [address, whole, address],
-        "sing_statistics": [address, address, whole, whole, address, address, whole],
-        "sing_update": [address, address, whole, whole, address, address, address, whole],
-        "sing_step": [address, address, whole, address, address, address, whole],
+        "sing_shared": [address, address, whole, whole, address, address, whole],
+        "sing_step": [address, address, whole, whole, address, address, address, whole],
         "sing_count": [address, whole],
     }.items():
         getattr(loaded, name).argtypes = arguments
@@ -93,14 +92,23 @@ def takes(tensor: Tensor) -> bool:
     return tensor.is_cpu and in_rows(tensor)
 
 
+def takes_entries(tensor: Tensor) -> bool:
+    """The same of a tensor that has the shape and the strides of one that is taken."""
+    return tensor.is_cpu and are_entries(tensor)
+
+
 def in_rows(tensor: Tensor) -> bool:
     """Whether a tensor is its own float32 entries, row by row one after the other in memory: what kernels work on."""
+    return are_entries(tensor) and _are_in_rows(tensor.shape, tensor.stride())
+
+
+def are_entries(tensor: Tensor) -> bool:
+    """Whether a tensor is its own float32 entries, however they lie."""
     return (
         type(tensor) in _PLAIN
         and tensor.dtype is torch.float32
         and tensor.layout is torch.strided
         and not tensor.is_neg()
-        and _are_in_rows(tensor.shape, tensor.stride())
     )
 
 
@@ -258,10 +266,9 @@ class _Table:
         _library().sing_units(*at, _address(units))
         self._units, self._means = units, array("f", bytes(4 * sum(rows)))
         self._squares = array("d", bytes(8 * (len(units) // len(_UNIT))))
-        tensor, begin, end, first, last = (units[k :: len(_UNIT)] for k in range(len(_UNIT)))
-        entries = [(e - b) * (columns[t] if centred[t] else 1) for t, b, e in zip(tensor, begin, end, strict=True)]
-        shared = [size if b - a > 1 else 0 for size, a, b in zip(entries, first, last, strict=True)]
-        self._sizes = list(accumulate(shared)), list(accumulate(entries))
+        tensor, begin, end, self._first, _ = (units[k :: len(_UNIT)] for k in range(len(_UNIT)))
+        entries = ((e - b) * (columns[t] if centred[t] else 1) for t, b, e in zip(tensor, begin, end, strict=True))
+        self._sizes = list(accumulate(entries))
 
     def run(self, options: _Options, **tensors: Sequence[Tensor]) -> None:
         """Statistics of all gradients, then one pass over what is to be updated, in torch's number of threads.
@@ -275,13 +282,12 @@ class _Table:
             self._fill(field, addresses.get(field, addresses["param"]))  # what is not used is an address all the same
         given = _address(self._tensors), _address(self._units)
         room, best, kernel = (_address(self._means), _address(self._squares)), instruction_set(), _library()
-        settings, count, threads = ctypes.addressof(options), len(self._squares), torch.get_num_threads()
-        if threads == 1 or self._sizes[-1][-1] < _ALONE:
-            kernel.sing_step(*given, count, *room, settings, best)
-            return
-        shared, all_units = (_parts(sizes, threads) for sizes in self._sizes)
-        _in_threads(lambda begin, end: kernel.sing_statistics(*given, begin, end, *room, best), shared)
-        _in_threads(lambda begin, end: kernel.sing_update(*given, begin, end, *room, settings, best), all_units)
+        parts = _parts(self._sizes, torch.get_num_threads() if self._sizes[-1] >= _ALONE else 1)
+        if any(self._first[begin] < begin for begin, _ in parts):
+            _in_threads(lambda begin, end: kernel.sing_shared(*given, begin, end, *room, best), parts)
+        _in_threads(
+            lambda begin, end: kernel.sing_step(*given, begin, end, *room, ctypes.addressof(options), best), parts
+        )
 
     def count(self) -> None:
         """Count a step in the tensors of the field ``step``."""
