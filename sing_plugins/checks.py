@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sing_plugins.lookahead import SLOW
+from sing_plugins.lookahead import PHASE, SLOW
+from sing_plugins.standardize import is_dtensor
 
 ParamGroup = dict[str, Any]
 
 
-def check_gradient(grad: Tensor) -> None:
-    """Raise for a gradient that cannot be standardized.
+def check_gradient(param: Tensor, grad: Tensor) -> None:
+    """Raise for a gradient that cannot be standardized, or that its parameter cannot be updated with.
 
     Raises:
-        RuntimeError: sparse or complex gradient.
+        RuntimeError: sparse or complex gradient; one on another device, or sharded where the parameter is not.
     """
+    if param.device != grad.device:
+        raise RuntimeError(f"A parameter on {param.device} has its gradient on {grad.device}. Move it there.")
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = [f"{type(tensor).__name__}, {tuple(tensor.shape)}" for tensor in (param, grad)]
+        raise RuntimeError(f"Of a parameter and its gradient ({'; '.join(kinds)}) only one is sharded.")
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"SING does not support sparse gradients (layout {grad.layout}): the mean and the norm are those of the "
@@ -29,6 +36,19 @@ def check_gradient(grad: Tensor) -> None:
         raise RuntimeError(
             f"SING does not support complex gradients (dtype {grad.dtype}). "
             "Hold the parameter as torch.view_as_real of it."
+        )
+
+
+def check_dtype(param: Tensor) -> None:
+    """Raise for a gradient of another dtype than its parameter's, in whose place no other gradient can be put.
+
+    Raises:
+        RuntimeError: the dtypes differ.
+    """
+    if param.grad is not None and param.grad.dtype != param.dtype:
+        raise RuntimeError(
+            f"A parameter of {param.dtype} has a gradient of {param.grad.dtype}, which a wrapped optimizer may not "
+            "take. Give it one of the parameter's dtype, or use SING with a host of its own."
         )
 
 
@@ -51,10 +71,40 @@ def check_saved_by(saved: str | None, host: str, *aliases: str) -> None:
         )
 
 
+def check_saved_group(
+    saved: Mapping[str, Any], defaults: ParamGroup, prefix: str, check: Callable[[ParamGroup], None]
+) -> None:
+    """Raise for a param group without a learning rate, with options that are not accepted, or with an impossible phase.
+
+    Args:
+        saved: the group in a state dict.
+        defaults: the optimizer's, of what an earlier version has not saved.
+        prefix: of our keys.
+        check: raises for options that are not accepted.
+
+    Raises:
+        ValueError: says that it is in the state dict.
+    """
+    if "lr" in defaults and "lr" not in saved:
+        raise ValueError("Invalid state_dict: a param group has no 'lr'.")
+    group = {**defaults, **saved}
+    try:
+        check(group)
+    except ValueError as error:
+        raise ValueError(f"Invalid state_dict: in a param group: {error}") from error
+    period, phase = group[prefix + "lookahead_k"], group[prefix + PHASE]
+    if not 0 <= phase < (period or math.inf):
+        raise ValueError(
+            f"Invalid state_dict: a param group's {prefix + PHASE} is {phase!r}. Accepted: the steps since Lookahead's "
+            f"last merge, fewer than {prefix}lookahead_k={period!r}."
+        )
+
+
 def check_saved_state(
     state_dict: Mapping[str, Any],
     groups: list[ParamGroup],
     needed: Callable[[Tensor, ParamGroup], Mapping[str, torch.Size]],
+    optional: Sequence[str] = (SLOW,),
 ) -> None:
     """Raise for a state that is not the parameters' own: truncated, with too much, or of other shapes.
 
@@ -62,6 +112,7 @@ def check_saved_state(
         state_dict: what is loaded; torch compares the numbers of its groups and parameters.
         groups: the param groups of the optimizer that loads it.
         needed: the tensors, and their shapes, that the state of a parameter of a group has once it has made a step.
+        optional: the tensors of the parameter's shape that it may have.
 
     Raises:
         ValueError: says which parameter's state it is, and what is wrong with it.
@@ -71,9 +122,13 @@ def check_saved_state(
         for key, param in zip(saved_group["params"], group["params"], strict=False):
             known.add(key)
             state = saved.get(key, {})
-            shapes = {**needed(param, group), SLOW: param.shape} if set(state) - {SLOW} else {SLOW: param.shape}
+            if not isinstance(state, Mapping):
+                raise ValueError(f"Invalid state_dict: the state of parameter {key} is {state!r}. Accepted: a dict.")
+            shapes = dict.fromkeys(optional, param.shape)
+            if set(state) - set(optional):
+                shapes.update(needed(param, group))
             for name, shape in shapes.items():
-                if name not in state and name != SLOW:
+                if name not in state and name not in optional:
                     raise ValueError(f"Invalid state_dict: the state of parameter {key} lacks {name!r}.")
                 if name in state and getattr(state[name], "shape", shape) != shape:
                     raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sing_plugins.messages import say
-from sing_plugins.standardize import in_one_piece, is_dtensor
+from sing_plugins.standardize import in_one_piece
 
 SLOW = "lookahead_params"
 PHASE = "lookahead_step"
@@ -36,6 +36,7 @@ class Lookahead:
     def __init__(self, prefix: str = "") -> None:
         self._k, self._alpha, self._phase = prefix + "lookahead_k", prefix + "lookahead_alpha", prefix + PHASE
         self._left: dict[Tensor, _Mark | None] = {}
+        self._counts: dict[int, Tensor] = {}  # of a param group that is capturable, by its id: its phase
 
     def trust(self, groups: list[dict[str, Any]]) -> None:
         """Take the weights that the next step finds for those that belong to the state, as after loading it.
@@ -47,6 +48,7 @@ class Lookahead:
     def drop(self, group: dict[str, Any], state: Mapping[Tensor, Any]) -> None:
         """Forget a group's slow weights and phase: the next step begins a cycle."""
         group[self._phase] = 0
+        self._counts.pop(id(group), None)
         for param in group["params"]:
             if param in state:
                 state[param].pop(SLOW, None)
@@ -54,7 +56,7 @@ class Lookahead:
     def begin(self, group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> list[Tensor]:
         """Prepare a step: drop the slow weights of a Lookahead that is off, or that belong to other weights.
 
-        The phase of a group that is ``capturable`` is a tensor on the device of its first parameter.
+        The phase of a group that is ``capturable`` is counted by a tensor on the device of its first parameter.
 
         Args:
             group: the param group.
@@ -67,7 +69,7 @@ class Lookahead:
         if group[self._k] is None:
             self.drop(group, state)
             return []
-        group[self._phase] = _placed(group[self._phase], group)
+        self._place(group)
         starting, changed = [], 0
         for param in params:
             if SLOW not in state.get(param, ()):
@@ -81,40 +83,65 @@ class Lookahead:
 
     def is_due(self, group: dict[str, Any]) -> bool | Tensor:
         """Count a step of the group's cycle; whether its slow weights are merged now, which the device may know."""
-        period, phase = group[self._k], group[self._phase]
-        if period is None:
-            return False
-        if isinstance(phase, Tensor):
-            due: Tensor = phase.add_(1) >= period
-            phase.masked_fill_(due, 0)
-            return due
-        step = phase + 1
+        period = group[self._k]
+        if period is None or id(group) in self._counts:
+            return self.count(group, self.phase(group))
+        step = group[self._phase] + 1
         group[self._phase] = step if step < period else 0
         return bool(step >= period)
 
-    def merge(
-        self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, Any], due: bool | Tensor
-    ) -> None:
-        """``slow ← slow + alpha (p - slow)``, then ``p ← slow``, in place, for tensors of one device and dtype.
+    def phase(self, group: dict[str, Any]) -> int | Tensor:
+        """How many steps a group has made since its last merge, as it is counted."""
+        phase: int | Tensor = self._counts.get(id(group), group[self._phase])
+        return phase
+
+    def settle(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Write phases that tensors count into the param groups; waits for their device."""
+        for group in groups:
+            group[self._phase] = int(self.phase(group))
+
+    def count(self, group: dict[str, Any], phase: int | Tensor) -> bool | Tensor:
+        """Count a step with a tensor; whether slow weights are merged now, which the device knows."""
+        if group[self._k] is None or not isinstance(phase, Tensor):
+            return False
+        due: Tensor = phase.add_(1) >= group[self._k]
+        phase.masked_fill_(due, 0)
+        return due
+
+    def merge(self, group: dict[str, Any], weights: list[Tensor], slow: list[Tensor], due: bool | Tensor) -> None:
+        """``slow ← slow + alpha (w - slow)``, then ``w ← slow``, in place, for tensors of one device and dtype.
 
         Args:
             group: the param group.
-            params: the tensors.
-            state: the optimizer's.
+            weights: the fast weights.
+            slow: the slow ones.
             due: what :meth:`is_due` has said. Where that is a tensor, nobody looks at it.
         """
-        if due is False:
-            return
-        slow = [state[param][SLOW] for param in params]
-        if due is True:
-            fast = [param.to(weight.dtype) for param, weight in zip(params, slow, strict=True)]
+        if isinstance(due, Tensor) and torch.compiler.is_compiling():  # which makes one kernel of it
+            for weight, other in zip(weights, slow, strict=True):
+                merged = other.lerp(weight.to(other.dtype), group[self._alpha])
+                other.copy_(torch.where(due, merged, other))
+                weight.copy_(torch.where(due, merged, weight))
+        elif isinstance(due, Tensor):
+            (all_fast, fast), (all_slow, slow_too) = in_one_piece(weights), in_one_piece(slow)
+            merged, due = all_slow.lerp(all_fast, group[self._alpha]), due.to(weights[0].device, non_blocking=True)
+            torch._foreach_copy_(slow, _chosen(due, merged, all_slow, slow_too))
+            torch._foreach_copy_(weights, _chosen(due, merged, all_fast, fast))
+        elif due:
+            fast = [weight.to(other.dtype) for weight, other in zip(weights, slow, strict=True)]
             torch._foreach_lerp_(slow, fast, group[self._alpha])
-            copy_into(params, slow)
-            return
-        (all_fast, fast), (all_slow, slow_too) = in_one_piece(params), in_one_piece(slow)
-        merged, due = all_slow.lerp(all_fast, group[self._alpha]), due.to(params[0].device, non_blocking=True)
-        copy_into(slow, _chosen(due, merged, all_slow, slow_too))
-        copy_into(params, _chosen(due, merged, all_fast, fast))
+            torch._foreach_copy_(weights, slow)
+
+    def _place(self, group: dict[str, Any]) -> None:
+        if not group.get("capturable"):
+            if id(group) in self._counts:
+                group[self._phase] = int(self._counts.pop(id(group)))
+        elif group["params"]:
+            device, phase = group["params"][0].device, self.phase(group)
+            if not isinstance(phase, Tensor):
+                phase = torch.tensor(phase, device="cpu")
+            if id(group) not in self._counts or phase.device != device:
+                self._counts[id(group)] = phase.to(device)
 
     def end(self, updated: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
         """Note how a step has left the weights.
@@ -140,26 +167,9 @@ _NEVER: _Mark = (-1, -1)  # of a parameter whose state somebody has put there by
 _GOES_ON = "Lookahead goes on from what they are now, not from its slow weights."
 
 
-def copy_into(params: list[Tensor], values: list[Tensor]) -> None:
-    """``p ← value``, in place, whatever their dtypes."""
-    if is_dtensor(params[0]):  # has no multi-tensor copy
-        for param, value in zip(params, values, strict=True):
-            param.copy_(value)
-    else:
-        torch._foreach_copy_(params, values)
-
-
 def _chosen(due: Tensor, merged: Tensor, memory: Tensor, parts: list[Tensor]) -> list[Tensor]:
     torch.where(due, merged, memory, out=memory)
     return parts
-
-
-def _placed(phase: int | Tensor, group: dict[str, Any]) -> int | Tensor:
-    """The phase as a group counts it: a number, or where a graph of the device may be captured, a tensor there."""
-    if group.get("capturable") and group["params"]:
-        device = group["params"][0].device
-        return torch.as_tensor(phase, device="cpu").to(device) if not isinstance(phase, Tensor) else phase.to(device)
-    return int(phase)
 
 
 def _mark(param: Tensor) -> _Mark:

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state
-from sing_plugins.hosts import HOSTS
+from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_group, check_saved_state
+from sing_plugins.hosts import HOSTS, Totals
 from sing_plugins.kernels import asked_for, of_torch, takes_state
-from sing_plugins.lookahead import copy_into
-from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, check_options, plain
-from sing_plugins.standardize import working_dtype
-from sing_plugins.step import Batch, Standardizing, gradient
+from sing_plugins.lookahead import SLOW
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, PROPAGATE, check_options, plain
+from sing_plugins.sharded import ShardedTotals, distributed_like, local
+from sing_plugins.standardize import is_dtensor, working_dtype
+from sing_plugins.step import SKIPPED, Batch, Standardizing, gradient
 
 # The options that only some hosts have; None in the constructor stands for the host's own default.
 HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
 
+COMPENSATION = "kahan_compensation"
 _CPU = torch.device("cpu")
 
 # Param group keys of the optimizer file published with the paper -> ours.
@@ -70,8 +72,17 @@ class SING(Standardizing):
             and the four components off (``centralize=normalize=False, softplus_beta=lookahead_k=None``), the host
             adamw equals torch.optim.AdamW.
 
-    Parameters in float16 and bfloat16 keep their state in float32 and are updated in float32. A zero gradient gives a
-    zero update.
+    Parameters in float16 and bfloat16 keep their state in float32. They are updated in float32 and then rounded to
+    their dtype, in which a change below half a unit in the last place is lost (of 1.0 in bfloat16, one below 0.002);
+    ``kahan_sum`` keeps it. A zero gradient gives a zero update.
+
+        nonfinite: what a step does whose gradients have entries that are NaN or infinite. ``"propagate"`` (default):
+            as torch's optimizers, it takes them in, but normalization spreads one over its whole tensor. ``"skip"``:
+            nothing of the step happens, for no parameter; the param groups count such steps in ``skipped_steps``, and
+            the first one is logged. ``"raise"``: it raises before anything has changed. Either looks at the gradients
+            once more in every step, for which an accelerator is waited for.
+        kahan_sum: for parameters in float16 and bfloat16: keep what rounding loses in another tensor of their dtype
+            (2 bytes a parameter), and add it to the next step's. Default False.
 
     Raises:
         ValueError: a hyper-parameter that is not accepted, or that the host does not have.
@@ -102,6 +113,8 @@ class SING(Standardizing):
         lookahead_alpha: float = 0.5,
         centralize_rows_of_one: bool = False,
         decay_all: bool = False,
+        nonfinite: str = PROPAGATE,
+        kahan_sum: bool = False,
     ) -> None:
         given = {
             "betas": betas,
@@ -128,21 +141,29 @@ class SING(Standardizing):
             "lookahead_step": 0,
             "centralize_rows_of_one": centralize_rows_of_one,
             "decay_all": decay_all,
+            "nonfinite": nonfinite,
+            SKIPPED: 0,
+            "kahan_sum": kahan_sum,
             **_host_options(host, {name: value for name, value in given.items() if value is not None}),
         }
         defaults = {name: plain(value) for name, value in defaults.items()}
-        _check_group(defaults, host)
+        _check_options(defaults, host)
         super().__init__(params, defaults)
+
+    _can_be_traced = True
 
     @property
     def host(self) -> str:
         """The name of the host optimizer."""
         return str(self.defaults["host"])
 
+    def _check_group(self, group: ParamGroup) -> None:
+        _check_options(group, self.host)
+
     def _add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):
             param_group.update({name: plain(param_group[name]) for name in self.defaults if name in param_group})
-            _check_group({**self.defaults, **param_group}, self.host)
+            self._check_group({**self.defaults, **param_group})
         super(Standardizing, self).add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,7 +190,10 @@ class SING(Standardizing):
         def check(_: object, hooked: dict[str, Any]) -> None:
             for group in hooked["param_groups"]:
                 check_saved_by("adamw" if "grad_central" in group else group.get("host"), self.host)
-            check_saved_state(hooked, self.param_groups, self._needed)
+                group = dict(group)
+                _adopt_paper_group(group)
+                check_saved_group(group, self.defaults, self._prefix, self._check_group)
+            check_saved_state(hooked, self.param_groups, self._needed, (SLOW, COMPENSATION))
             accepted.update(hooked)
 
         # After the user's own hooks, which may convert what they load, and before those that look at what was loaded.
@@ -195,7 +219,7 @@ class SING(Standardizing):
             if working_dtype(param) == param.dtype:
                 continue
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and key != "step":
+                if isinstance(value, Tensor) and key not in ("step", COMPENSATION):
                     self.state[param][key] = value.to(param.device, working_dtype(param), copy=True)
 
     def _slow_weight(self, param: Tensor) -> Tensor:
@@ -209,10 +233,9 @@ class SING(Standardizing):
 
     def _update(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
         if batch.implementation != FUSED:
-            self._update_by_torch(batch, group)
-            super()._update(batch, group, merge)
+            self._update_by_torch(batch, group, merge)
             return
-        device, states = batch.params[0].device, [self._state(param, param, group) for param in batch.params]
+        device, states = batch.params[0].device, [self._state(param, group) for param in batch.params]
         taken: list[Tensor] = []
         others: list[Tensor] = []
         for param, state in zip(batch.params, states, strict=True):
@@ -225,32 +248,152 @@ class SING(Standardizing):
         for left in [others] if others and of_torch(device) == FOREACH else [[param] for param in others]:
             self._update(Batch(of_torch(device), left), group, merge)
 
-    def _update_by_torch(self, batch: Batch, group: ParamGroup) -> None:
-        params, grads = batch.params, self._standardized(batch, group)
+    def _update_by_torch(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
+        states, totals = [self._state(param, group) for param in batch.params], Totals(batch.params)
+        if batch.shards is not None:
+            states = [{name: local(value) for name, value in state.items()} for state in states]
+            totals = ShardedTotals(batch.params)
+        params = list(map(local, batch.params))
+        self._apply(params, self._standardized(batch, group), states, group, totals, merge)
+        if batch.shards is not None:
+            torch.autograd.graph.increment_version(batch.params)
+
+    def _traced_step(self) -> None:
+        """A step as torch.compile sees it: nothing but operations on tensors that exist."""
+        for group in self.param_groups:
+            phase: list[Any] = []
+            batches = self._init_group(group, -1, phase, [], [], [], [], [])
+            due = self._lookahead.count(group, phase[0])
+            for number in range(batches):
+                params: list[Tensor] = []
+                grads: list[Tensor] = []
+                owners: list[int] = []
+                names: list[str] = []
+                values: list[Tensor] = []
+                self._init_group(group, number, [], params, grads, owners, names, values)
+                states: list[dict[str, Any]] = [{} for _ in params]
+                for owner, name, value in zip(owners, names, values, strict=True):
+                    states[owner][name] = value
+                self._apply(params, self._standardize(grads, group), states, group, Totals(params), due)
+
+    def _init_group(
+        self,
+        group: ParamGroup,
+        number: int,
+        phase: list[Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        owners: list[int],
+        names: list[str],
+        values: list[Tensor],
+    ) -> int:
+        """Make what is missing of a param group's state, and list a batch of it.
+
+        torch.compile runs a method of this name when it traces a step, and knows what is in the lists afterwards.
+
+        Args:
+            group: the param group.
+            number: of the batch; below zero for none.
+            phase: to be filled with Lookahead's phase.
+            params, grads: to be filled with the batch's parameters and their gradients.
+            owners, names, values: to be filled with the batch's states: whose, which, and the tensor.
+
+        Returns:
+            The number of batches.
+
+        Raises:
+            RuntimeError: the group has sharded tensors, or looks at gradients.
+        """
+        batches = self._batches(group)
+        if self._looks(group) or any(is_dtensor(batch.params[0]) for batch in batches):
+            raise RuntimeError(
+                "A step that is compiled takes no sharded tensors, and no other nonfinite than 'propagate'. "
+                "Leave it uncompiled."
+            )
+        group["capturable"] = True  # as torch.compile takes it for
+        updated = [param for batch in batches for param in batch.params]
+        for param in self._lookahead.begin(group, updated, self.state):
+            self.state[param][SLOW] = self._slow_weight(param)
+        self._lookahead.give_up(updated)  # nobody notes how a compiled step leaves the weights
+        phase.append(self._lookahead.phase(group))
+        if number >= 0:
+            params += batches[number].params
+            grads += map(gradient, params)
+            for owner, param in enumerate(params):
+                for name, value in self._state(param, group).items():
+                    owners.append(owner)
+                    names.append(name)
+                    values.append(value)
+        return len(batches)
+
+    def _apply(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        group: ParamGroup,
+        totals: Totals,
+        merge: bool | Tensor,
+    ) -> None:
+        """Count, decay, update and, where it is due, merge Lookahead's slow weights, in place.
+
+        Args:
+            params: of one device and dtype.
+            grads: the standardized gradients.
+            states: all that the parameters need.
+            group: the options.
+            totals: of the whole tensors.
+            merge: whether Lookahead is due.
+        """
+        dtype = working_dtype(params[0])
+        low_precision, compensates = params[0].dtype != dtype, COMPENSATION in states[0]
+        grads = [grad.to(dtype) for grad in grads]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
-        low_precision = working_dtype(params[0]) != params[0].dtype
-        weights = [param.float() for param in params] if low_precision else params
-        states = [self._state(param, weight, group) for param, weight in zip(params, weights, strict=True)]
+        weights = [param.to(dtype) for param in params]
+        if compensates:
+            torch._foreach_add_(weights, [state[COMPENSATION].to(dtype) for state in states])
         torch._foreach_add_([state["step"] for state in states], 1.0)
         lr = group["lr"].reshape(()) if group["capturable"] and isinstance(group["lr"], Tensor) else float(group["lr"])
         if group["weight_decay"]:
             decayed = [weight for weight in weights if weight.dim() > 1 or group["decay_all"]]
             if decayed:
                 torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
-        HOSTS[group["host"]].update(weights, grads, states, {**group, "lr": lr})
+        HOSTS[group["host"]].update(weights, grads, states, {**group, "lr": lr}, totals)
+        if merge is not False:
+            self._lookahead.merge(group, weights, [state[SLOW] for state in states], merge)
         if low_precision:
-            copy_into(params, weights)
+            torch._foreach_copy_(params, weights)
+        if compensates:
+            lost = torch._foreach_sub(weights, [param.to(dtype) for param in params])
+            torch._foreach_copy_([state[COMPENSATION] for state in states], lost)
 
-    def _state(self, param: Tensor, weight: Tensor, group: ParamGroup) -> dict[str, Any]:
+    def _state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
+        """A parameter's state; makes what is missing of it."""
         state: dict[str, Any] = self.state[param]
-        device = param.device if group["capturable"] else _CPU
+        device, host = param.device if group["capturable"] else _CPU, HOSTS[group["host"]]
         if "step" not in state:
             state["step"] = _counter(0, device)
-            state.update(HOSTS[group["host"]].init_state(weight, group))
+            weight = local(param).to(working_dtype(param))
+            for name, value in host.init_state(weight, group).items():
+                state[name] = self._like(param, name, value)
         elif state["step"].device != device:  # loaded onto another, or capturable since
             state["step"] = state["step"].to(device)
+        for name in host.later(group):
+            if name not in state:
+                state[name] = self._like(param, name, torch.zeros_like(local(param), dtype=working_dtype(param)))
+        if group["kahan_sum"] and param.dtype != working_dtype(param):
+            if COMPENSATION not in state:
+                state[COMPENSATION] = self._like(param, COMPENSATION, torch.zeros_like(local(param)))
+        else:
+            state.pop(COMPENSATION, None)
         return state
+
+    def _like(self, param: Tensor, name: str, value: Tensor) -> Tensor:
+        """A host's state as it is kept: sharded as its parameter is."""
+        if not is_dtensor(param):
+            return value
+        return distributed_like(param, value, HOSTS[self.host].without_dim.get(name))
 
 
 def _counter(step: float, device: torch.device = _CPU) -> Tensor:
@@ -270,7 +413,7 @@ def _host_options(host: object, given: ParamGroup) -> ParamGroup:
     return {**HOSTS[host].defaults, **given}
 
 
-def _check_group(group: ParamGroup, host: str) -> None:
+def _check_options(group: ParamGroup, host: str) -> None:
     if group["host"] != host:
         raise ValueError(f"Invalid host: {group['host']!r} in a param group. Accepted: {host!r}, as in all groups.")
     check_options(group)

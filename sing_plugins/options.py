@@ -16,6 +16,7 @@ from torch import Tensor
 FREEZE = ("layernorm", "norm", "none", "default")
 DEFAULT_FREEZE = "default"
 
+NONFINITE = PROPAGATE, SKIP, RAISE = ("propagate", "skip", "raise")  # what a NaN or infinite gradient does
 IMPLEMENTATIONS = FUSED, FOREACH, LOOP, AUTO = ("fused", "foreach", "loop", "auto")  # see kernels/
 
 Accepts = Callable[[Any], bool]
@@ -210,6 +211,8 @@ OPTIONS: dict[str, Option] = {
         Option("maximize", parse_flag, _flag, _EITHER),
         Option("capturable", parse_flag, _flag, _EITHER),
         Option("foreach", optional(parse_flag), _or_none(_flag), "True, False or None (choose the faster)"),
+        Option("nonfinite", parse_word, NONFINITE.__contains__, ", ".join(NONFINITE)),
+        Option("kahan_sum", parse_flag, _flag, _EITHER),
         Option("implementation", parse_word, IMPLEMENTATIONS.__contains__, ", ".join(IMPLEMENTATIONS)),
         Option("freeze", parse_word, FREEZE.__contains__, ", ".join(FREEZE)),
     )

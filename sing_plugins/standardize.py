@@ -61,19 +61,16 @@ def centralize(grad: Tensor, rows_of_one: bool = False) -> Tensor:
 def norm(grad: Tensor) -> Tensor:
     """Γ: the Euclidean norm over all entries, as a 0-d tensor (equation 3)."""
     if not _may_be_read(grad):
-        return _norms_unread([grad])[0]
+        return norms([grad])[0]
     if grad.numel() > CPU_NORM_BLOCK:
         blocks = torch.stack(torch._foreach_norm(torch.split(grad.reshape(-1), CPU_NORM_BLOCK)))
         return _vector_norm(blocks, dtype=torch.float64).to(grad.dtype)
     return _vector_norm(grad)
 
 
-def _norms_unread(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Γ of tensors of one device where an overflow would go unseen: float64, which has none, sums up the squares."""
-    dtype = widest(grads[0].device)
-    if is_dtensor(grads[0]):
-        return [_vector_norm(grad, dtype=dtype) for grad in grads]
-    return torch._foreach_norm(list(grads), 2, dtype)  # reads tensors as they are, of which the other makes a copy
+def norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Γ of tensors of one device, where nobody looks at it: squares are added in float64, in which none overflows."""
+    return torch._foreach_norm(list(grads), 2, widest(grads[0].device))  # vector_norm would copy tensors into that
 
 
 def standardize(
@@ -99,7 +96,7 @@ def standardize(
     """
     if not grads:
         return []
-    if normalize and _share_memory_well(grads):
+    if normalize and not torch.compiler.is_compiling() and _share_memory_well(grads):
         return _standardize_in_one_piece(grads, centralize, eps, rows_of_one)
     whole = [grad.to(working_dtype(grad)) for grad in grads]
     centred = [_centralize(grad, rows_of_one) for grad in whole] if centralize else whole
@@ -109,9 +106,9 @@ def standardize(
         pairs = zip(whole, centred, strict=True)
         standardized = [_normalize(grad, moved, eps, rows_of_one if centralize else None) for grad, moved in pairs]
     else:
-        lengths = _norms_unread(centred)
+        lengths = norms(centred)
         standardized = [grad / (length + eps) for grad, length in zip(centred, lengths, strict=True)]
-    return [sharded_like(original, result) for original, result in zip(grads, standardized, strict=True)]
+    return standardized
 
 
 def _normalize(grad: Tensor, centred: Tensor, eps: float, rows_of_one: bool | None) -> Tensor:
@@ -127,7 +124,7 @@ def _normalize(grad: Tensor, centred: Tensor, eps: float, rows_of_one: bool | No
 
 def _share_memory_well(grads: Sequence[Tensor]) -> bool:
     """Whether launches are what a step's time goes into, and one piece of memory can hold these gradients."""
-    return not (_may_be_read(grads[0]) or is_dtensor(grads[0])) and len({working_dtype(grad) for grad in grads}) == 1
+    return not _may_be_read(grads[0]) and len({working_dtype(grad) for grad in grads}) == 1
 
 
 def _standardize_in_one_piece(grads: Sequence[Tensor], centralize: bool, eps: float, rows_of_one: bool) -> list[Tensor]:
@@ -140,10 +137,14 @@ def _standardize_in_one_piece(grads: Sequence[Tensor], centralize: bool, eps: fl
     for part in parts:
         if centralize and has_centre(part.shape, rows_of_one):
             part.sub_(part.mean(dim=tuple(range(1, part.dim())), keepdim=True))
-    lengths = torch.stack(list(_norms_unread(parts))).add_(eps).to(memory.dtype)
-    each = [length.expand(part.numel()) for length, part in zip(lengths.unbind(), parts, strict=True)]
-    memory.div_(torch.cat(each))
+    divide(memory, parts, norms(parts), eps)
     return parts
+
+
+def divide(memory: Tensor, parts: Sequence[Tensor], lengths: Sequence[Tensor], eps: float) -> None:
+    """Divide what :func:`in_one_piece` has made by ``length + eps``, each part by its own length."""
+    divisors = torch.stack(list(lengths)).add_(eps).to(memory.dtype).unbind()
+    memory.div_(torch.cat([divisor.expand(part.numel()) for divisor, part in zip(divisors, parts, strict=True)]))
 
 
 def in_one_piece(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -166,23 +167,14 @@ def _shaped_like(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _may_be_read(tensor: Tensor) -> bool:
-    """Whether a look at a tensor's entries costs nothing; it waits for the device or for other ranks elsewhere."""
-    return tensor.device.type == "cpu" and not is_dtensor(tensor)
+    """Whether a look at a tensor's entries costs nothing; elsewhere it waits for the device, or breaks a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _largest(grad: Tensor) -> Tensor:
     """The largest magnitude to scale by; 1 where it is zero, infinite or NaN, which no scale would mend."""
     largest = grad.abs().amax()
     return largest if 0 < largest < math.inf else torch.ones_like(largest)
-
-
-def sharded_like(original: Tensor, result: Tensor) -> Tensor:
-    """Where a tensor has fewer rows than there are shards, arithmetic on a DTensor replicates it: shard it again."""
-    placements = getattr(original, "placements", None)
-    if placements is None or getattr(result, "placements", placements) == placements:
-        return result
-    sharded: Tensor = result.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return sharded
 
 
 _centralize = centralize  # the keyword of `standardize` hides the function

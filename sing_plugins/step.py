@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, cast, overload
@@ -13,9 +14,11 @@ from torch.optim import Optimizer
 from sing_plugins.checks import ParamGroup, check_gradient
 from sing_plugins.kernels import Kernels, implementation_of
 from sing_plugins.lookahead import SLOW, Lookahead
-from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP
+from sing_plugins.messages import say
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS, PROPAGATE, RAISE
+from sing_plugins.sharded import Shard, Wanted, local, shards, standardized
 from sing_plugins.sharding import WholeTensors
-from sing_plugins.standardize import standardize
+from sing_plugins.standardize import is_dtensor, standardize
 
 # So many entries, or one tensor, are updated by one series of multi-tensor calls, whose temporaries are copies of them.
 FOREACH_BLOCK = 1 << 24
@@ -26,12 +29,16 @@ class Batch(NamedTuple):
 
     Attributes:
         implementation: see :mod:`sing_plugins.kernels`.
-        params: the parameters, of one device and dtype.
+        params: the parameters, of one device and dtype; of one mesh, if they are sharded.
+        shards: this rank's parts of their gradients, if they are sharded.
     """
 
     implementation: str
     params: list[Tensor]
+    shards: list[Shard] | None = None
 
+
+SKIPPED = "skipped_steps"
 
 Live = list[tuple[ParamGroup, list[Batch]]]
 
@@ -45,21 +52,30 @@ class Standardizing(Optimizer):
 
     standardizes_gradients = True  # which nobody should do twice
     _prefix: ClassVar[str] = ""  # of our keys in the param groups
+    _can_be_traced: ClassVar[bool] = False
+    _option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)  # those keys that are checked
     _eps: ClassVar[str] = "eps"  # the key of what is added to the norm
 
     _lookahead: Lookahead
     _whole: WholeTensors
     _kernels: Kernels
+    _accepted: dict[int, list[Any]]  # options of each param group when they were checked
 
     def __getstate__(self) -> dict[str, Any]:
+        self._lookahead.settle(self.param_groups)
         return {**super().__getstate__(), "_whole": self._whole}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every torch optimizer's; with Lookahead's slow weights and phase in it."""
+        self._lookahead.settle(self.param_groups)
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_whole" not in vars(self):
             self._whole = WholeTensors()
             self._whole.declare(self.param_groups)
-        self._lookahead, self._kernels = Lookahead(self._prefix), Kernels()
+        self._begin()
         self._lookahead.trust(self.param_groups)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -69,9 +85,14 @@ class Standardizing(Optimizer):
             ValueError: as the constructor, before anything is changed.
         """
         if "_whole" not in vars(self):  # the constructor adds its groups so
-            self._whole, self._lookahead, self._kernels = WholeTensors(), Lookahead(self._prefix), Kernels()
+            self._whole = WholeTensors()
+            self._begin()
         self._add_param_group(param_group)
         self._whole.declare(self.param_groups[-1:])
+
+    def _begin(self) -> None:
+        """Build what is not in a state dict."""
+        self._lookahead, self._kernels, self._accepted = Lookahead(self._prefix), Kernels(), {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -90,14 +111,22 @@ class Standardizing(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: sparse or complex gradients, or sharded parameters; no parameter has been changed then.
+            RuntimeError: sparse or complex gradients, flat pieces of tensors, or entries that are not finite, if that
+                was asked for. No parameter has been changed then.
+            ValueError: an option in a param group that is not accepted; the same.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self._can_be_traced:
+            self._traced_step()
+            return loss
+        self._check_groups()
         self._whole.check(self.param_groups)
-        live: Live = [(group, self._batches(group)) for group in self.param_groups]
+        live = self._with_shards([(group, self._batches(group)) for group in self.param_groups])
+        if self._is_skipped(live):
+            return loss
         lookahead, state = self._lookahead, self.state
         starting = [p for group, batches in live for p in lookahead.begin(group, _params(batches), state)]
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
@@ -121,6 +150,31 @@ class Standardizing(Optimizer):
         lookahead.end((group, _params(batches)) for group, batches in live)
         return loss
 
+    def _traced_step(self) -> None:
+        """Make a step under torch.compile, if ``_can_be_traced``."""
+        raise NotImplementedError
+
+    def _check_groups(self) -> None:
+        """Check options that were changed since the last step, so that a late group's cannot fail after the first's."""
+        if torch.compiler.is_compiling():
+            return
+        for number, group in enumerate(self.param_groups):
+            options = [
+                id(value) if isinstance(value := group.get(name), Tensor) else value for name in self._option_names
+            ]
+            if self._accepted.get(number) != options:
+                numbers = {name: value for name, value in group.items() if not isinstance(value, Tensor)}
+                self._check_group(numbers)  # a tensor on a device is not waited for
+                self._accepted[number] = options
+
+    def _check_group(self, group: ParamGroup) -> None:
+        """Raise for an option that is not accepted.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        raise NotImplementedError
+
     def _add_param_group(self, param_group: ParamGroup) -> None:
         raise NotImplementedError
 
@@ -141,6 +195,11 @@ class Standardizing(Optimizer):
             RuntimeError: says what to do.
         """
         for group, batches in live:
+            if self._looks(group):
+                raise RuntimeError(
+                    f"Invalid nonfinite: {group[self._prefix + 'nonfinite']!r}, but a step is being captured into a "
+                    "graph of the device, which cannot decide. Accepted: 'propagate'."
+                )
             if not group.get("capturable", False):
                 raise RuntimeError(
                     "Invalid capturable: False, but a step is being captured into a graph of the device, which would "
@@ -155,7 +214,9 @@ class Standardizing(Optimizer):
 
     def _update(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
         """Update tensors where the host updates one batch after the other, then merge their slow weights if due."""
-        self._lookahead.merge(group, batch.params, self.state, merge)
+        if merge is not False:
+            slow = [local(self.state[param][SLOW]) for param in batch.params]
+            self._lookahead.merge(group, list(map(local, batch.params)), slow, merge)
 
     def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
         """The implementation that is wanted for a group, and the host that it would have to know."""
@@ -171,33 +232,97 @@ class Standardizing(Optimizer):
         if asked in (AUTO, FUSED) and torch.compiler.is_compiling():  # which cannot look into a kernel
             asked = FOREACH
         batches: dict[object, Batch] = {}
-        entries: Counter[object] = Counter()
+        sizes: Counter[object] = Counter()
         for position, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None or not param.numel():
                 continue
-            implementation = implementation_of(param, grad, asked, host)
+            mesh = getattr(param, "device_mesh", None)  # of a DTensor
+            implementation = implementation_of(param, grad, asked, host) if mesh is None else FOREACH
             key: object = (implementation, param.device)
             if implementation != FUSED:
-                check_gradient(grad)
-                mesh = getattr(param, "device_mesh", None)  # DTensors of different meshes cannot share a call
+                check_gradient(param, grad)
                 key = position if implementation == LOOP else (param.device, param.dtype, mesh)
-                entries[key] += param.numel()
-                key = key, entries[key] // FOREACH_BLOCK
+                sizes[key] += local(param).numel()
+                key = key, sizes[key] // FOREACH_BLOCK
             if key not in batches:
                 batches[key] = Batch(implementation, [])
             batches[key].params.append(param)
         return list(batches.values())
 
+    def _with_shards(self, live: Live) -> Live:
+        """Add the shards to the batches of sharded tensors, of all groups together: that is the communication."""
+        sharded = [(group, batch) for group, batches in live for batch in batches if is_dtensor(batch.params[0])]
+        if not sharded:
+            return live
+        found = iter(shards([self._wanted(batch.params, group) for group, batch in sharded]))
+        return [
+            (group, [batch._replace(shards=next(found)) if is_dtensor(batch.params[0]) else batch for batch in batches])
+            for group, batches in live
+        ]
+
+    def _wanted(self, params: list[Tensor], group: ParamGroup) -> Wanted:
+        centralize, rows_of_one, normalize = (
+            group[self._prefix + name] for name in ("centralize", "centralize_rows_of_one", "normalize")
+        )
+        return Wanted(params, centralize, rows_of_one, normalize or self._looks(group))
+
+    def _looks(self, group: ParamGroup) -> bool:
+        return bool(group[self._prefix + "nonfinite"] != PROPAGATE)
+
+    def _is_skipped(self, live: Live) -> bool:
+        """Whether this step is left out, since an entry of a gradient is not finite; counts it then.
+
+        All ranks that share sharded tensors say the same: they look at norms that they have added up together.
+
+        Raises:
+            RuntimeError: names a tensor, if its group asks for that.
+        """
+        watched = [(group, batch) for group, batches in live if self._looks(group) for batch in batches]
+        if not watched:
+            return False
+        flags = [_are_finite(batch) for _, batch in watched]
+        flat = torch.cat([flag.to(flags[0].device) for flag in flags])
+        if flat.all():
+            return False
+        tensors = [(group, param) for group, batch in watched for param in batch.params]
+        bad = [tensor for tensor, finite in zip(tensors, flat.tolist(), strict=True) if not finite]
+        group, param = min(bad, key=lambda tensor: tensor[0][self._prefix + "nonfinite"] != RAISE)
+        found = f"{len(bad)} gradients have entries that are not finite, that of {self._name(group, param)} among them."
+        if group[self._prefix + "nonfinite"] == RAISE:
+            raise RuntimeError(
+                f"{found} Nothing was changed. With nonfinite='skip' such steps are left out, with 'propagate' the "
+                "weights take such entries in."
+            )
+        if not any(group[self._prefix + SKIPPED] for group in self.param_groups):
+            say(f"{found} The step was left out; the param groups' {self._prefix + SKIPPED!r} counts such steps.")
+        for group in self.param_groups:
+            group[self._prefix + SKIPPED] += 1
+        return True
+
+    def _name(self, group: ParamGroup, param: Tensor) -> str:
+        position = next(at for at, own in enumerate(group["params"]) if own is param)
+        if "param_names" in group:
+            return str(group["param_names"][position])
+        number = next(at for at, own in enumerate(self.param_groups) if own is group)
+        return f"parameter {position} of param group {number}, of shape {tuple(param.shape)},"
+
     def _standardized(self, batch: Batch, group: ParamGroup) -> list[Tensor]:
-        grads, eps = [gradient(param) for param in batch.params], group[self._eps]
+        """The standardized gradients; of sharded tensors, this rank's parts."""
+        if batch.shards is not None:
+            return standardized(batch.shards, group[self._prefix + "normalize"], group[self._eps])
+        grads = [gradient(param) for param in batch.params]
         if batch.implementation == FUSED:
-            return self._kernels[grads[0].device.type].standardize(grads, group, self._prefix, eps)
+            kernel = self._kernels[grads[0].device.type]
+            return kernel.standardize(grads, group, self._prefix, group[self._eps])
+        return self._standardize(grads, group)
+
+    def _standardize(self, grads: list[Tensor], group: ParamGroup) -> list[Tensor]:
         return standardize(
             grads,
             centralize=group[self._prefix + "centralize"],
             normalize=group[self._prefix + "normalize"],
-            eps=eps,
+            eps=group[self._eps],
             rows_of_one=group[self._prefix + "centralize_rows_of_one"],
         )
 
@@ -226,6 +351,15 @@ def sync_lookahead(optimizer: Any) -> None:
 
 def _params(batches: list[Batch]) -> Iterator[Tensor]:
     return (param for batch in batches for param in batch.params)
+
+
+def _are_finite(batch: Batch) -> Tensor:
+    """Of each tensor of a batch, whether all entries of its gradient are finite."""
+    if batch.shards is not None:
+        lengths = [shard.norm for shard in batch.shards if shard.norm is not None]
+    else:
+        lengths = list(torch._foreach_norm([gradient(param) for param in batch.params], math.inf))
+    return torch.stack(lengths).isfinite()
 
 
 def gradient(param: Tensor) -> Tensor:

@@ -8,9 +8,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_state, check_wrappable
-from sing_plugins.options import check_options, plain
-from sing_plugins.step import Live, Standardizing
+from sing_plugins.checks import (
+    ParamGroup,
+    check_dtype,
+    check_saved_by,
+    check_saved_group,
+    check_saved_state,
+    check_wrappable,
+)
+from sing_plugins.options import OPTIONS, PROPAGATE, check_options, plain
+from sing_plugins.sharded import distributed_like
+from sing_plugins.step import SKIPPED, Live, Standardizing
 
 PREFIX = "sing_"  # our keys in the param groups that we share with the host
 
@@ -24,6 +32,7 @@ def wrap(
     lookahead_k: int | None = 5,
     lookahead_alpha: float = 0.5,
     centralize_rows_of_one: bool = False,
+    nonfinite: str = PROPAGATE,
 ) -> Wrapped:
     """Put standardization in front of, and Lookahead around, any ``torch.optim.Optimizer`` instance.
 
@@ -33,7 +42,8 @@ def wrap(
 
     Args:
         optimizer: the host. Do not step it yourself afterwards; its param groups and state are shared.
-        centralize, normalize, lookahead_k, lookahead_alpha, centralize_rows_of_one: as in :class:`sing_plugins.SING`.
+        centralize, normalize, lookahead_k, lookahead_alpha, centralize_rows_of_one, nonfinite: as in
+            :class:`sing_plugins.SING`.
         norm_eps: added to the gradient's norm; the host's own ``eps`` is the host's.
 
     Returns:
@@ -51,10 +61,11 @@ def wrap(
         "lookahead_k": lookahead_k,
         "lookahead_alpha": lookahead_alpha,
         "centralize_rows_of_one": centralize_rows_of_one,
+        "nonfinite": nonfinite,
     }
     options = {name: plain(value) for name, value in options.items()}
     check_options(options)
-    options |= {"lookahead_step": 0, "host": _identity(optimizer)}
+    options |= {"lookahead_step": 0, SKIPPED: 0, "host": _identity(optimizer)}
     return Wrapped(optimizer, {PREFIX + name: value for name, value in options.items()})
 
 
@@ -77,6 +88,7 @@ class Wrapped(Standardizing):
     host: Optimizer
     _prefix = PREFIX
     _eps = PREFIX + "norm_eps"
+    _option_names = tuple(PREFIX + name for name in OPTIONS)
 
     def __init__(self, host: Optimizer, options: ParamGroup) -> None:
         # What Optimizer.__init__ would build belongs to the host; the rest is what unpickling builds.
@@ -99,6 +111,7 @@ class Wrapped(Standardizing):
         self.host.state = state
 
     def __getstate__(self) -> dict[str, Any]:
+        self._lookahead.settle(self.param_groups)
         return {"host": self.host, "defaults": self.defaults, "_whole": self._whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,12 +127,15 @@ class Wrapped(Standardizing):
                 if name.startswith(PREFIX):
                     group.setdefault(name, value)
 
+    def _check_group(self, group: ParamGroup) -> None:
+        check_options(group, PREFIX)
+
     def _add_param_group(self, param_group: ParamGroup) -> None:
         # Keys with our prefix override the options of `wrap`.
         if isinstance(param_group, dict):
             ours = [name for name in param_group if name.startswith(PREFIX)]
             param_group.update({name: plain(param_group[name]) for name in ours})
-            check_options({**self.defaults, **param_group}, PREFIX)
+            self._check_group({**self.defaults, **param_group})
         self.host.add_param_group(param_group)
         self._complete_groups()
 
@@ -127,6 +143,7 @@ class Wrapped(Standardizing):
         """The host's state dict, with Lookahead's slow weights and phase in it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._lookahead.settle(self.param_groups)
         state_dict = self.host.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -144,6 +161,7 @@ class Wrapped(Standardizing):
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
             check_saved_by(group.get(PREFIX + "host"), self.defaults[PREFIX + "host"], type(self.host).__name__)
+            check_saved_group(group, self.defaults, PREFIX, self._check_group)
         check_saved_state(state_dict, self.param_groups, lambda param, group: {})  # the rest is the host's to know
         self.host.load_state_dict(state_dict)
         for group in self.param_groups:
@@ -159,8 +177,10 @@ class Wrapped(Standardizing):
             for group, batches in live:
                 for batch in batches:
                     for param, grad in zip(batch.params, self._standardized(batch, group), strict=True):
-                        grads[param] = param.grad
-                        substitute = grad.to(param.dtype)
+                        check_dtype(param)
+                        grads[param], substitute = param.grad, grad.to(param.dtype)
+                        if batch.shards is not None:
+                            substitute = distributed_like(param, substitute)
                         # Some hosts clip in place, which must not reach what standardization left as it was.
                         param.grad = substitute.clone() if substitute is param.grad else substitute
             _step(self.host)

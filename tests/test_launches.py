@@ -70,7 +70,9 @@ def test_nothing_of_a_capturable_step_is_looked_at(host: str, implementation: st
     optimizer.param_groups[0]["lr"] = torch.empty((), device=CUDA)
     for _ in range(2):
         optimizer.step()
-    kept = [state["step"] for state in optimizer.state.values()] + [optimizer.param_groups[0]["lookahead_step"]]
+    kept = [state["step"] for state in optimizer.state.values()] + [
+        optimizer._lookahead.phase(optimizer.param_groups[0])
+    ]
     assert {tensor.device for tensor in kept} == {CUDA}
 
 

@@ -6,8 +6,8 @@ paths are the same arithmetic.
 """
 
 from sing_plugins.hosts import adabelief, adafactor, adamw, sgd
-from sing_plugins.hosts.base import Host
+from sing_plugins.hosts.base import Host, Totals
 
 HOSTS: dict[str, Host] = {host.name: host for host in (adamw.HOST, adabelief.HOST, adafactor.HOST, sgd.HOST)}
 
-__all__ = ["HOSTS", "Host"]
+__all__ = ["HOSTS", "Host", "Totals"]

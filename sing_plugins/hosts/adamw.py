@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sing_plugins.hosts.base import Group, Host, State, Tensors, column, move
+from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, column, move
 
 
 def init_state(param: Tensor, group: Group) -> State:
     return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
 
 
-def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -> None:
+def update(params: Tensors, grads: Tensors, states: list[State], group: Group, totals: Totals) -> None:
     beta1, beta2 = group["betas"]
     exp_avgs, exp_avg_sqs = column(states, "exp_avg"), column(states, "exp_avg_sq")
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sing_plugins.standardize import widest
+from sing_plugins.standardize import norm, widest
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -25,7 +25,11 @@ class Host:
         defaults: the hyper-parameters that only this host has, with their defaults.
         init_state: the host's own tensors for one parameter (without ``step``), from a working-precision parameter.
         update: changes parameters and states in place from standardized gradients. Called with lists of equal length
-            and at least one entry, all of one device and dtype, after weight decay and after ``step`` was counted.
+            and at least one entry, all of one device and dtype, after weight decay and after ``step`` was counted. Of
+            sharded tensors these are the parts that one rank has; sums over a whole one go through its ``totals``.
+        later: the names of the tensors of zeros, of the parameter's shape, that a group's options ask for besides, in a
+            step that may not be the first one: schedules may raise a momentum from 0 in mid-run.
+        without_dim: of a state that lacks one of the parameter's dimensions, that dimension, from the last one (-1).
         softplus: whether the host has a denominator for softplus to calibrate.
         without_default: further hyper-parameters, which a param group has only where they are given and not zero, so
             that a schedule which finds one in the defaults does not switch it on.
@@ -34,14 +38,44 @@ class Host:
     name: str
     defaults: Mapping[str, Any]
     init_state: Callable[[Tensor, Group], State]
-    update: Callable[[Tensors, Tensors, list[State], Group], None]
+    update: Callable[[Tensors, Tensors, list[State], Group, Totals], None]
     softplus: bool = True
     without_default: tuple[str, ...] = ()
+    later: Callable[[Group], tuple[str, ...]] = lambda group: ()
+    without_dim: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def options(self) -> tuple[str, ...]:
         """The names of the hyper-parameters that only this host has."""
         return (*self.defaults, *self.without_default)
+
+
+class Totals:
+    """Sums over whole tensors, of which an update may have parts; here it has all of them.
+
+    Args:
+        params: the parameters.
+
+    Attributes:
+        shapes: of the whole tensors.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.shapes = [param.shape for param in params]
+
+    def of(self, sums: Tensors, numbers: Sequence[int], dims: Sequence[int]) -> Tensors:
+        """Complete sums over one dimension.
+
+        Args:
+            sums: over the parts.
+            numbers: for each sum the number of its tensor.
+            dims: for each sum the dimension of that tensor, from the last one (-1).
+        """
+        return sums
+
+    def norms(self, tensors: Tensors) -> Tensors:
+        """The Euclidean norm of each tensor that the update has a part of, in their order."""
+        return list(map(norm, tensors))
 
 
 def column(states: Sequence[State], key: str) -> Tensors:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sing_plugins.hosts.base import Group, Host, State, Tensors, column
+from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, column
 
 
 def init_state(param: Tensor, group: Group) -> State:
     return {}
 
 
-def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -> None:
+def update(params: Tensors, grads: Tensors, states: list[State], group: Group, totals: Totals) -> None:
     momentum = group["momentum"]
     if momentum:
-        for param, state in zip(params, states, strict=True):
-            if "momentum_buffer" not in state:  # schedules may raise the momentum from 0 in mid-run
-                state["momentum_buffer"] = torch.zeros_like(param)
         buffers = column(states, "momentum_buffer")
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
@@ -28,4 +25,8 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group) -
         torch._foreach_add_(params, grads, alpha=-group["lr"])
 
 
-HOST = Host("sgd", {"momentum": 0.9, "nesterov": False}, init_state, update, softplus=False)
+def later(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] else ()
+
+
+HOST = Host("sgd", {"momentum": 0.9, "nesterov": False}, init_state, update, softplus=False, later=later)
