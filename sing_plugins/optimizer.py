@@ -302,8 +302,9 @@ class SING(Standardizing):
             The number of batches.
 
         Raises:
-            RuntimeError: the group has sharded tensors, or looks at gradients.
+            RuntimeError: the group has sharded tensors or flat pieces of them, or looks at gradients.
         """
+        self._whole.check(self.param_groups)
         batches = self._batches(group)
         if self._looks(group) or any(is_dtensor(batch.params[0]) for batch in batches):
             raise RuntimeError(

@@ -16,7 +16,8 @@ DTENSOR_SINCE = (2, 14)
 _SHARDED = (
     "SING needs whole tensors: it divides each tensor's gradient by the norm of that tensor, but the parameters here "
     "are flat pieces made by {}. Training on would silently be wrong. Use DDP, FSDP2 (fully_shard; in Accelerate and "
-    "Trainer fsdp_version 2), ZeroRedundancyOptimizer, or FSDP1 with NO_SHARD and use_orig_params=True."
+    "Trainer fsdp_version 2), ZeroRedundancyOptimizer, DeepSpeed's ZeRO stage 0, or FSDP1 with NO_SHARD and "
+    "use_orig_params=True."
 )
 
 
@@ -24,17 +25,18 @@ class WholeTensors:
     """Guards an optimizer against parameters that are flat pieces of tensors: their norm would silently be wrong.
 
     FSDP1 and ZeRO-3 mark the pieces. ZeRO-1 and ZeRO-2 only put a flat partition in the place of a group's
-    parameters, so the shapes that the optimizer was given are kept, and compared once, before the next step.
+    parameters, so the shapes that the optimizer was given are kept and compared. Whoever flattens may come after the
+    first steps.
     """
 
     def __init__(self) -> None:
         self._shapes: list[list[torch.Size]] = []
-        self._checked = False
+        self._checked: list[torch.Size] | None = None
 
     def declare(self, groups: Iterable[dict[str, Any]]) -> None:
         """Take the shapes of param groups that the optimizer was given in addition to those declared before."""
         self._shapes += [[param.shape for param in group["params"]] for group in groups]
-        self._checked = False
+        self._checked = None
 
     def check(self, groups: list[dict[str, Any]]) -> None:
         """Raise if a parameter is not the whole tensor that it was, is a piece of it, or is sharded by an old torch.
@@ -45,9 +47,10 @@ class WholeTensors:
         Raises:
             RuntimeError: says which sharding was found and what works instead.
         """
-        if self._checked:
-            return
         params = [param for group in groups for param in group["params"]]
+        shapes = [param.shape for param in params]
+        if shapes == self._checked:
+            return
         flattened = [param for param in params if getattr(param, "_fsdp_flattened", False)]
         if any(getattr(param, "_is_flat_param", False) for param in params) or (
             flattened and all(param.dim() < 2 for param in flattened)  # NO_SHARD has the mark but whole shapes
@@ -61,12 +64,13 @@ class WholeTensors:
                 f"but torch {torch.__version__} is installed, whose arithmetic on them is wrong or was not tested. "
                 "Update torch, or use DDP or ZeroRedundancyOptimizer."
             )
-        if [[param.shape for param in group["params"]] for group in groups] != self._shapes:
+        given = [group for group in self._shapes if group]  # DeepSpeed drops empty groups
+        if [[param.shape for param in group["params"]] for group in groups if group["params"]] != given:
             raise RuntimeError(
                 _SHARDED.format("something that replaced the optimizer's parameters (DeepSpeed ZeRO-1/2 does)")
                 + " To add parameters, use add_param_group."
             )
-        self._checked = True
+        self._checked = shapes
 
 
 def _torch_release() -> tuple[int, ...]:

@@ -99,3 +99,13 @@ def test_what_a_graph_cannot_decide_is_refused(nonfinite: str) -> None:
     with pytest.raises(Exception, match="no other nonfinite than 'propagate'"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened", "ds_id"])
+def test_flat_pieces_are_refused(mark: str) -> None:
+    param = nn.Parameter(torch.ones(5))
+    setattr(param, mark, True)
+    param.grad = torch.ones(5)
+    with pytest.raises(Exception, match="SING needs whole tensors"):
+        torch.compile(SING([param]).step, backend="eager", fullgraph=True)()
+    assert torch.equal(param, torch.ones(5))

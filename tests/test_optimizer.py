@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 import torch
 from problems import gradients, parameters, set_gradients
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from sing_plugins import SING, create_optimizer
+from sing_plugins import SING, create_optimizer, wrap
 from sing_plugins.hosts import HOSTS
 
 PUBLISHED = Path(__file__).parent / "data" / "published_sing_step7.pt"
@@ -275,6 +276,63 @@ def test_parameters_replaced_by_a_flat_partition_are_refused(count: int) -> None
     with pytest.raises(RuntimeError, match="SING needs whole tensors"):
         optimizer.step()
     assert torch.equal(flat, torch.ones(6))
+
+
+def flattened(optimizer: Optimizer) -> tuple[Optimizer, nn.Parameter]:
+    flat = nn.Parameter(torch.ones(9))
+    flat.grad = torch.ones(9)
+    optimizer.param_groups[0]["params"] = [flat]
+    return optimizer, flat
+
+
+def loaded(optimizer: Optimizer) -> Optimizer:
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer
+
+
+def one_group_more(optimizer: Optimizer) -> Optimizer:
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    return optimizer
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("create", [SING, lambda params: wrap(torch.optim.Adam(params))], ids=["SING", "wrap"])
+@pytest.mark.parametrize("between", [lambda it: it, loaded, copy.deepcopy, one_group_more])
+def test_a_flat_partition_is_refused_whatever_came_before_it(
+    steps: int, create: Callable[[Any], Optimizer], between: Callable[[Optimizer], Optimizer]
+) -> None:
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))]
+    optimizer = create(params)
+    for _ in range(steps):
+        set_gradients(params, [torch.ones(2, 3), torch.ones(3)])
+        optimizer.step()
+    optimizer, flat = flattened(between(optimizer))
+    with pytest.raises(RuntimeError, match=r"SING needs whole tensors.*ZeRO-1/2.*Use DDP, .*ZeRO stage 0"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(9))
+
+
+@pytest.mark.parametrize("after", [loaded, copy.deepcopy, one_group_more])
+def test_a_flat_partition_is_refused_whatever_comes_after_it(after: Callable[[Optimizer], Optimizer]) -> None:
+    optimizer, _ = flattened(SING([nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))]))
+    optimizer = after(optimizer)
+    for group in optimizer.param_groups:
+        set_gradients(group["params"], list(map(torch.ones_like, group["params"])))
+    with pytest.raises(RuntimeError, match="SING needs whole tensors"):
+        optimizer.step()
+    assert all(
+        torch.equal(param, torch.ones_like(param)) for group in optimizer.param_groups for param in group["params"]
+    )
+
+
+def test_groups_without_parameters_may_go() -> None:
+    """DeepSpeed drops them at every stage."""
+    params = [nn.Parameter(torch.ones(2, 3))]
+    optimizer = SING([{"params": []}, {"params": params}], lr=0.1)
+    optimizer.param_groups[:] = optimizer.param_groups[1:]
+    set_gradients(params, [torch.arange(6.0).reshape(2, 3)])
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(2, 3))
 
 
 def test_parameters_marked_by_zero_3_are_refused() -> None:
