@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+HARD := .venv-hard
 PYTEST_FLAGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # fairseq's build needs these. In an isolated build environment pip would fetch a second torch of several GB for it.
 BUILD_TOOLS := torch torchvision numpy cython wheel 'setuptools>=77'
 
-.PHONY: test demo bench lint test-oldest test-sanitized clean
+.PHONY: test demo bench lint test-oldest test-hard test-sanitized clean
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
@@ -33,6 +34,18 @@ lint: $(VENV)/ready
 NOT_OLDEST := matrices_only optimizer_of_rde two_processes a_wrapped_model_is_refused in_the_interpreter
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -k "$(foreach name,$(NOT_OLDEST),not $(name) and) test"
+
+# What takes long or needs what nobody else should have: DeepSpeed changes Accelerate and Transformers where it is
+# installed. Its environment sees the packages of the ordinary one.
+test-hard: $(HARD)/ready
+	$(HARD)/bin/python -m pytest tests/hard
+
+$(HARD)/ready: $(VENV)/ready
+	$(VENV)/bin/python -m venv $(HARD)
+	$(VENV)/bin/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(HARD)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ordinary.pth
+	$(HARD)/bin/python -m pip install deepspeed
+	touch $@
 
 # The compiled kernel under AddressSanitizer and UndefinedBehaviorSanitizer, with the flags that pyproject.toml has. torch
 # takes its memory from malloc, so that an entry too far is found there as well. Threads of a fork end without a word.
@@ -61,4 +74,4 @@ $(OLDEST)/ready: FLOORS = $(shell grep -oE '"(torch|transformers|timm|accelerate
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(HARD) build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
