@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sing_plugins.lookahead import PHASE, SLOW
+from sing_plugins.options import shown
 from sing_plugins.standardize import is_dtensor
 
 ParamGroup = dict[str, Any]
@@ -150,10 +151,10 @@ def check_wrappable(optimizer: object) -> None:
     kind = type(optimizer)
     name = kind.__name__
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"wrap() takes a torch.optim.Optimizer instance, got {name}.")
+        raise TypeError(f"Invalid optimizer: {shown(optimizer)}. Accepted: a torch.optim.Optimizer instance.")
     for reason, applies in _UNWRAPPABLE.items():
         if applies(optimizer):
-            raise TypeError(f"{name} cannot be wrapped: {reason}.")
+            raise TypeError(f"Invalid optimizer: {name} cannot be wrapped: {reason}.")
 
 
 def _requires_closure(optimizer: Optimizer) -> bool:

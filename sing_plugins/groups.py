@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from sing_plugins.checks import ParamGroup
 from sing_plugins.layers import Kind, is_closed, is_exempt, kind
-from sing_plugins.options import DEFAULT_FREEZE
+from sing_plugins.options import DEFAULT_FREEZE, shown
 
 _KINDS: dict[str, frozenset[Kind]] = {
     "layernorm": frozenset({"layernorm", "layerscale"}),
@@ -124,8 +124,8 @@ def choose(model: nn.Module, freeze: str) -> Choice:
         ValueError: an unknown ``freeze``, nothing would be left to train, or the model is already wrapped in
             DistributedDataParallel, which has fixed its gradients.
     """
-    if freeze not in _KINDS:
-        raise ValueError(f"Invalid freeze: {freeze!r}. Accepted: {', '.join(_KINDS)}.")
+    if not isinstance(freeze, str) or freeze not in _KINDS:
+        raise ValueError(f"Invalid freeze: {shown(freeze)}. Accepted: {', '.join(_KINDS)}.")
     owned = list(owned_parameters(model))
     trainable = [o for o in owned if o.parameter.requires_grad or o.is_frozen_by_us]
     candidates = [o for o in trainable if o.kind in _KINDS[freeze]]
@@ -240,8 +240,14 @@ def exempt_from_decay(
         decay_all: the parameters named are the only ones.
 
     Raises:
+        TypeError: ``no_weight_decay`` is not a collection of strings.
         ValueError: a name that no parameter of the model has.
     """
+    is_collection = isinstance(no_weight_decay, Collection) and not isinstance(no_weight_decay, str)
+    if not is_collection or not all(isinstance(name, str) for name in no_weight_decay):
+        raise TypeError(
+            f"Invalid no_weight_decay: {shown(no_weight_decay)}. Accepted: a list of names of the model's parameters."
+        )
     by_name = {_unwrapped(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     declared: Collection[str] = getattr(
         model, "no_weight_decay", tuple

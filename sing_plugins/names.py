@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from sing_plugins.hosts import HOSTS
 from sing_plugins.optimizer import HOST_OPTIONS, SING
-from sing_plugins.options import OPTIONS, Option, signature_options
+from sing_plugins.options import OPTIONS, Option, shown, signature_options
 from sing_plugins.wrapper import wrap
 
 PREFIX = "sing_"
@@ -122,18 +122,24 @@ def resolve(name: str, hosts: Mapping[str, HostFactory] | None = None) -> Native
 
     Args:
         name: ``sing``, ``sing_<native host>``, or ``sing_<host>`` with a host of ``hosts`` or a torch.optim class.
-        hosts: the framework's own hosts, by name; they go before torch.optim's.
+        hosts: the framework's own hosts, by name in any case; they go before torch.optim's.
 
     Raises:
+        TypeError: ``hosts`` is not a mapping of names to what can be called.
         ValueError: not a name; lists the valid ones.
     """
-    key = name.lower()
+    hosts = {} if hosts is None else hosts
+    if not isinstance(hosts, Mapping) or not all(isinstance(key, str) and callable(hosts[key]) for key in hosts):
+        raise TypeError(
+            f"Invalid hosts: {shown(hosts)}. Accepted: a dict of names to classes or functions that build an optimizer."
+        )
+    key = name.lower() if isinstance(name, str) else ""
     if key in NATIVE:
         return Native(key, NATIVE[key])
-    known = {**torch_hosts(), **(hosts or {})}
+    known = {**torch_hosts(), **{host.lower(): factory for host, factory in hosts.items()}}
     host = key.removeprefix(PREFIX)
     if host == key or host not in known:
-        raise ValueError(f"Unknown optimizer {name!r}. Valid: {', '.join(valid_names(hosts or ()))}.")
+        raise ValueError(f"Unknown optimizer {shown(name)}. Valid: {', '.join(valid_names(known))}.")
     return Foreign(key, host, known[host])
 
 

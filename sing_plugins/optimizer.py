@@ -13,7 +13,7 @@ from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_group, c
 from sing_plugins.hosts import HOSTS, Totals
 from sing_plugins.kernels import asked_for, of_torch, takes_state
 from sing_plugins.lookahead import SLOW
-from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, PROPAGATE, check_options, plain
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS, PROPAGATE, check_options, plain, shown
 from sing_plugins.sharded import ShardedTotals, distributed_like, local
 from sing_plugins.standardize import is_dtensor, working_dtype
 from sing_plugins.step import SKIPPED, Batch, Standardizing, gradient
@@ -144,7 +144,7 @@ class SING(Standardizing):
             "nonfinite": nonfinite,
             SKIPPED: 0,
             "kahan_sum": kahan_sum,
-            **_host_options(host, {name: value for name, value in given.items() if value is not None}),
+            **_host_options(host, {name: plain(value) for name, value in given.items() if value is not None}),
         }
         defaults = {name: plain(value) for name, value in defaults.items()}
         _check_options(defaults, host)
@@ -405,11 +405,16 @@ def _counter(step: float, device: torch.device = _CPU) -> Tensor:
 def _host_options(host: object, given: ParamGroup) -> ParamGroup:
     """The host's own hyper-parameters: its defaults, overridden by what was given."""
     if not isinstance(host, str) or host not in HOSTS:
-        raise ValueError(f"Invalid host: {host!r}. Accepted: {', '.join(HOSTS)}; for any other use sing_plugins.wrap.")
+        raise ValueError(
+            f"Invalid host: {shown(host)}. Accepted: {', '.join(HOSTS)}; for any other use sing_plugins.wrap."
+        )
     for name in given:
         if name not in HOSTS[host].options:
             having = ", ".join(other for other in HOSTS if name in HOSTS[other].options)
-            raise ValueError(f"Invalid {name}: {given[name]!r}. The host {host!r} has no {name} ({having} have it).")
+            raise ValueError(
+                f"Invalid {name}: {shown(given[name])}. The host {host!r} has no {name} ({having} have it)."
+            )
+        OPTIONS[name].check(given[name])
     given = {name: value for name, value in given.items() if value or name not in HOSTS[host].without_default}
     return {**HOSTS[host].defaults, **given}
 

@@ -6,7 +6,9 @@ import ast
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +20,8 @@ DEFAULT_FREEZE = "default"
 
 NONFINITE = PROPAGATE, SKIP, RAISE = ("propagate", "skip", "raise")  # what a NaN or infinite gradient does
 IMPLEMENTATIONS = FUSED, FOREACH, LOOP, AUTO = ("fused", "foreach", "loop", "auto")  # see kernels/
+
+_LONG = 200  # letters of a value in a message
 
 Accepts = Callable[[Any], bool]
 Parse = Callable[[object], Any]
@@ -51,8 +55,8 @@ class Option:
         """
         try:
             typed = self.parse(plain(value))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Invalid {self.name}: {value!r} for {whose}. Accepted: {self.words}.") from error
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # tensors and huge numbers have others
+            raise ValueError(f"Invalid {self.name}: {shown(value)} for {whose}. Accepted: {self.words}.") from error
         self.check(typed, f" for {whose}")
         return typed
 
@@ -67,14 +71,25 @@ class Option:
             ValueError: names the option, its value and what is accepted.
         """
         if not self.accepts(value):
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else value
-            raise ValueError(f"Invalid {self.name}: {shown!r}{whose}. Accepted: {self.words}.")
+            raise ValueError(f"Invalid {self.name}: {shown(value)}{whose}. Accepted: {self.words}.")
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: what is long in short, of tensors and arrays the shape."""
+    if getattr(value, "shape", None) and not isinstance(value, type):
+        what = "tensor" if isinstance(value, Tensor) else "array"
+        return f"'a{'n' * (what == 'array')} {what} of shape {tuple(value.shape)}'"
+    words = repr(value)
+    return words if len(words) <= _LONG else f"{words[:_LONG]}…"
 
 
 def plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, which state dicts can hold; lists as tuples; anything else as it is."""
+    """NumPy's scalars and fractions as Python's numbers, which state dicts can hold; lists as tuples; else as it is."""
     if isinstance(value, (tuple, list)):
         return tuple(map(plain, value))
+    if isinstance(value, Fraction):
+        with suppress(OverflowError):
+            return float(value)
     is_scalar = not isinstance(value, Tensor) and getattr(value, "shape", None) == () and hasattr(value, "item")
     return value.item() if is_scalar else value
 
@@ -83,7 +98,10 @@ def _real(low: float = 0.0, high: float = math.inf, *, open_low: bool = False, c
     def accepts(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            return False
         above = low < number if open_low else low <= number
         return above and (number < high or (closed_high and number == high))
 
@@ -103,7 +121,13 @@ def _pair(value: Any) -> bool:
 
 
 def _rate(value: Any) -> bool:
-    return value.numel() == 1 and _real()(value.item()) if isinstance(value, Tensor) else _real()(value)
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_meta and _real()(value.item())
+    return _real()(value)
+
+
+def _one_of(words: tuple[str, ...]) -> Accepts:
+    return lambda value: isinstance(value, str) and value in words
 
 
 def _or_none(accepts: Accepts) -> Accepts:
@@ -211,10 +235,10 @@ OPTIONS: dict[str, Option] = {
         Option("maximize", parse_flag, _flag, _EITHER),
         Option("capturable", parse_flag, _flag, _EITHER),
         Option("foreach", optional(parse_flag), _or_none(_flag), "True, False or None (choose the faster)"),
-        Option("nonfinite", parse_word, NONFINITE.__contains__, ", ".join(NONFINITE)),
+        Option("nonfinite", parse_word, _one_of(NONFINITE), ", ".join(NONFINITE)),
         Option("kahan_sum", parse_flag, _flag, _EITHER),
-        Option("implementation", parse_word, IMPLEMENTATIONS.__contains__, ", ".join(IMPLEMENTATIONS)),
-        Option("freeze", parse_word, FREEZE.__contains__, ", ".join(FREEZE)),
+        Option("implementation", parse_word, _one_of(IMPLEMENTATIONS), ", ".join(IMPLEMENTATIONS)),
+        Option("freeze", parse_word, _one_of(FREEZE), ", ".join(FREEZE)),
     )
 }
 
@@ -254,9 +278,14 @@ def signature_options(factory: Callable[..., object]) -> dict[str, Option]:
     return found
 
 
+_FLAG_OR_NONE = ("bool | None", "None | bool", "Optional[bool]", "typing.Optional[bool]")
+
+
 def _parser_for(parameter: inspect.Parameter) -> Parse:
     if isinstance(parameter.default, bool):
         return parse_flag
+    if parameter.default is None and str(parameter.annotation) in _FLAG_OR_NONE:
+        return optional(parse_flag)
     if isinstance(parameter.default, float):
         return parse_rate
     if isinstance(parameter.default, int):  # 0 for a momentum that may well be 0.9

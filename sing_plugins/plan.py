@@ -19,8 +19,8 @@ from torch.optim.optimizer import ParamsT
 from sing_plugins.checks import ParamGroup
 from sing_plugins.groups import Choice, choose, exempt_from_decay, read_groups, restorer, said, split_decay, without
 from sing_plugins.messages import hint_learning_rate, say
-from sing_plugins.names import HostFactory, Named, resolve
-from sing_plugins.options import DEFAULT_FREEZE, OPTIONS
+from sing_plugins.names import HostFactory, Named, Native, resolve
+from sing_plugins.options import DEFAULT_FREEZE, OPTIONS, shown
 
 
 class Plan:
@@ -56,6 +56,8 @@ class Plan:
         no_weight_decay: Collection[str] = (),
         framework_lr: float | None = None,
     ) -> None:
+        if model is not None:
+            check_model(model)
         self.named, self.model = named, model
         # None stands for an option that was not given, where it is not one of its values.
         given = {
@@ -63,8 +65,9 @@ class Plan:
             for name, value in options.items()
             if value is not None or name == "freeze" or name not in OPTIONS or OPTIONS[name].accepts(None)
         }
-        if "weight_decay" not in named.options and not given.get("weight_decay"):
-            given.pop("weight_decay", None)
+        decay = {"weight_decay"} & set(given) - set(named.options)
+        if decay and OPTIONS["weight_decay"].read(given["weight_decay"], named.name) == 0:
+            del given["weight_decay"]
         self.options = named.parse(given)
         self.freeze_as: str = self.options.pop("freeze", DEFAULT_FREEZE)
         self._no_weight_decay, self._framework_lr = no_weight_decay, framework_lr
@@ -138,8 +141,19 @@ class Plan:
 
         Args:
             groups: as from :meth:`group`; a framework may have put copies in the places of the parameters.
+
+        Raises:
+            ValueError: the host takes the options, but not these parameters or what their groups say.
         """
-        optimizer = self.named.build(groups, **self.options)
+        try:
+            optimizer = self.named.build(groups, **self.options)
+        except (TypeError, ValueError) as error:
+            if isinstance(self.named, Native):
+                raise
+            raise ValueError(
+                f"Invalid optimizer: {self.named.name!r} for these parameters. Name another one, or give it only those "
+                f"that {self.named.host} takes, which says: {error}"
+            ) from error
         self.log(optimizer.param_groups)
         hint_learning_rate(
             optimizer.defaults.get("lr"),
@@ -191,6 +205,16 @@ class Plan:
         )
 
 
+def check_model(model: object) -> None:
+    """Raise for what is no model.
+
+    Raises:
+        TypeError: says what it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Invalid model: {type(model).__name__}. Accepted: a torch.nn.Module.")
+
+
 def builder_class(name: str, build: Callable[..., Optimizer], *, module: str) -> type[Optimizer]:
     """A class that is called as ``build``, for the frameworks whose names stand for classes.
 
@@ -234,6 +258,7 @@ def param_groups(
         ValueError: as :class:`Plan`, or the model has no trainable parameter. The model is as it was then.
     """
     decay = {"weight_decay": weight_decay, "decay_all": decay_all}
+    check_model(model)
     plan = Plan(resolve("sing"), {**decay, "freeze": freeze}, model, no_weight_decay=no_weight_decay)
     plan.freeze()
     try:
@@ -275,9 +300,13 @@ def create_optimizer(
             and normalization layers too, for every name.
 
     Raises:
-        TypeError: ``groups`` that no torch optimizer would take.
+        TypeError: a ``model`` that is no module, ``hosts`` that are no mapping of names, or ``groups`` that no torch
+            optimizer would take.
         ValueError: an unknown name or option, a bad value, or as :func:`sing_plugins.param_groups`.
     """
+    check_model(model)
+    if groups is not None and not isinstance(groups, Iterable):
+        raise TypeError(f"Invalid groups: {shown(groups)}. Accepted: parameters or param groups.")
     options |= {"weight_decay": weight_decay, "freeze": freeze, **({} if lr is None else {"lr": lr})}
     plan = Plan(resolve(name, hosts), options, model, no_weight_decay=no_weight_decay)
     return plan.optimizer(None if groups is None else lambda: groups)

@@ -230,7 +230,7 @@ REFUSED = {
     "Lookahead": (lambda: timm.optim.Lookahead(torch.optim.SGD(one(), lr=0.1)), "itself a wrapper"),
     "backward": (lambda: InBackward(one()), "during backward"),
     "train and eval": (lambda: TrainAndEval(one()), r"train\(\) and eval\(\)"),
-    "no optimizer": (lambda: torch.optim.SGD, "takes a torch.optim.Optimizer instance"),
+    "no optimizer": (lambda: torch.optim.SGD, "Invalid optimizer: .*Accepted: a torch.optim.Optimizer instance"),
 }
 
 

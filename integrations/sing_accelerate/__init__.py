@@ -66,8 +66,7 @@ def create_optimizer(
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"Invalid accelerator: {type(accelerator).__name__}. Accepted: an accelerate.Accelerator.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Invalid model: {type(model).__name__}. Accepted: a torch.nn.Module.")
+    plan.check_model(model)
     _check_sharding(accelerator)
     _check_unprepared(accelerator, model)
     return plan.create_optimizer(
