@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from timm.optim import _optim_factory as factory  # not its contents, which are others after a reload
@@ -21,6 +22,7 @@ from torch.optim.optimizer import ParamsT
 from sing_plugins.adapter import Hooks
 from sing_plugins.messages import say
 from sing_plugins.names import NATIVE, PREFIX, Named, resolve, valid_names
+from sing_plugins.options import shown
 from sing_plugins.plan import Plan, builder_class
 
 __all__ = ["is_patched", "patch", "unpatch"]
@@ -69,6 +71,8 @@ def _create_optimizer(own: Callable[..., Any]) -> Callable[..., Any]:
             question = inspect.BoundArguments(signature, arguments)
             return own(*question.args, **question.kwargs)
 
+        if not isinstance(opt, str):
+            return own(registry, model_or_params, opt, *args, **kwargs)
         info = registry._optimizers.get(opt.lower())
         if info is not None and not _is_ours(info) and "_" in opt:  # timm would look for its last part only
             return ask_timm(info)
@@ -79,16 +83,17 @@ def _create_optimizer(own: Callable[..., Any]) -> Callable[..., Any]:
         echo = factory.OptimInfo("asked", _Echo, has_betas=True, has_momentum=_takes_momentum(named))
         options = ask_timm(echo, model_or_params=()).options  # for a model, timm moves the weight decay into the groups
         momentum = call.arguments["momentum"]
-        if "momentum" not in options and momentum != signature.parameters["momentum"].default:
-            say(f"momentum={momentum} is not used by {named.name}.", once=True)
+        if "momentum" not in options and repr(momentum) != repr(signature.parameters["momentum"].default):
+            say(f"momentum={shown(momentum)} is not used by {named.name}.", once=True)
         if not isinstance(model_or_params, nn.Module):
             return Plan(named, options).optimizer(lambda: model_or_params)
         if not call.arguments["weight_decay_exclude_1d"]:
             options.setdefault("decay_all", True)
         plan = Plan(named, options, model_or_params)
         exclude_1d = not plan.options.get("decay_all", False)
+        decay = plan.options.get("weight_decay", 0.0)  # as a number: timm puts it into the groups as it is
         return plan.optimizer(
-            lambda: ask_timm(echo, weight_decay_exclude_1d=exclude_1d).params,
+            lambda: ask_timm(echo, weight_decay=decay, weight_decay_exclude_1d=exclude_1d).params,
             split=call.arguments["param_group_fn"] is None,
         )
 
@@ -124,7 +129,9 @@ def _find(registry: factory.OptimizerRegistry, opt: str) -> Named | None:
     compact = {_compact(ours): ours for ours in valid_names(_hosts(registry))}
     parts = name.split("_")
     if "sing" not in parts and parts[-1] not in compact:
-        return None
+        # Of a name with underscores timm takes the last part, whatever is misspelled before it.
+        slips = [part for part in parts[:-1] if get_close_matches(part, ["sing"], cutoff=0.75)]
+        return _resolve(registry, name) if slips and name not in registry._optimizers else None
     if parts[0] == "lookahead":
         raise ValueError(
             f"Invalid opt: {opt!r}. SING has Lookahead inside: use {opt[len('lookahead_') :]!r}, with the options "
