@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fairseq import utils
@@ -68,7 +70,8 @@ def _init(own: Any) -> Any:
             cfg = convert_namespace_to_omegaconf(cfg)
         if _is_sing(cfg):
             trainer._sing_plan = _prepare(cfg, nn.ModuleDict({"model": model, "criterion": criterion}))
-        own(trainer, cfg, task, model, criterion, *args, **kwargs)
+        with _undone_by_errors(trainer):
+            own(trainer, cfg, task, model, criterion, *args, **kwargs)
 
     return init
 
@@ -82,7 +85,8 @@ def _build_optimizer(own: Any) -> Any:
         trainable = [param for module in modules for param in module.parameters() if param.requires_grad]
         token = building.set((trainer._sing_plan, trainable))
         try:
-            own(trainer)
+            with _undone_by_errors(trainer):
+                own(trainer)
         finally:
             building.reset(token)
         outer = trainer._optimizer
@@ -93,6 +97,17 @@ def _build_optimizer(own: Any) -> Any:
             )
 
     return build_optimizer
+
+
+@contextmanager
+def _undone_by_errors(trainer: Any) -> Iterator[None]:
+    """Where the Trainer or its optimizer cannot be built, the model is as it was before anything was frozen."""
+    try:
+        yield
+    except Exception:
+        if "_sing_plan" in vars(trainer):
+            trainer._sing_plan.undo()
+        raise
 
 
 def _import_user_module(own: Any) -> Any:
