@@ -75,10 +75,8 @@ def root_logger_restored() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A binarized corpus: an English sentence is a German one backwards, in other letters."""
-    folder = tmp_path_factory.mktemp("corpus")
+def corpus(folder: Path) -> str:
+    """Write a binarized corpus: an English sentence is a German one backwards, in other letters."""
     rng = random.Random(0)
     for split, size in (("train", 64), ("valid", 8)):
         german = [[f"a{rng.randrange(12)}" for _ in range(rng.randint(3, 6))] for _ in range(size)]
@@ -94,6 +92,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
         prefixes = ["--trainpref", f"{folder}/train.de", "--validpref", f"{folder}/valid.de"]
         preprocess.main(parser.parse_args(["--only-source", *prefixes, "--destdir", f"{folder}/lm"]))
     return f"{folder}/bin"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
