@@ -323,11 +323,20 @@ def test_load_state_in_two_processes_continues_exactly(two_processes: list[dict[
     assert [report["resume"] for report in two_processes] == [0.0, 0.0]
 
 
-def test_fsdp2_in_two_processes_equals_one_process_and_resumes(two_processes: list[dict[str, Any]]) -> None:
+FSDP2: dict[str, tuple[dict[str, Any], float]] = {  # with how far it may be from one process
+    "sharded checkpoint": ({}, 1e-12),
+    "whole checkpoint": ({"checkpoint": "FULL_STATE_DICT"}, 1e-12),
+    "accumulated": ({"pieces": 2}, 1e-12),
+    "clipped": ({"clip": 1e-2}, 1e-5),  # eps counts for more
+}
+
+
+@pytest.mark.parametrize("how", FSDP2)
+def test_fsdp2_in_two_processes_equals_one_process_and_resumes(two_processes: list[dict[str, Any]], how: str) -> None:
     for report in two_processes:
-        kind, from_one_process, from_resumed = report["fsdp2"]
+        kind, from_one_process, from_resumed = report[f"fsdp2 {how}"]
         assert kind == "DTensor"
-        assert from_one_process < 1e-12
+        assert from_one_process < FSDP2[how][1]
         assert from_resumed == 0.0
 
 
@@ -351,21 +360,24 @@ def resume(directory: Path) -> float:
     return difference(job.model, resumed.train(3, 12).model)
 
 
-def fsdp2(directory: Path) -> tuple[str, float, float]:
+def fsdp2(
+    directory: Path, checkpoint: str = "SHARDED_STATE_DICT", pieces: int = 1, clip: float | None = None
+) -> tuple[str, float, float]:
     def job() -> Job:
-        accelerator = new_accelerator()
-        use_plugin(accelerator, DistributedType.FSDP, fsdp_plugin(2))
-        return Job(accelerator, batch_size=8)
+        accelerator = new_accelerator(gradient_accumulation_steps=pieces)
+        use_plugin(accelerator, DistributedType.FSDP, fsdp_plugin(2, state_dict_type=checkpoint))
+        return Job(accelerator, batch_size=8 // pieces)
 
-    first = job().train(0, 3)
-    first.accelerator.save_state(str(directory / "sharded"))
-    first.train(3, 12)
+    half, end = 3 * pieces, 12 * pieces
+    first = job().train(0, half, clip=clip)
+    first.accelerator.save_state(str(directory))
+    first.train(half, end, clip=clip)
     kind = type(first.optimizer.param_groups[0]["params"][0].data).__name__
     whole = net()
     whole.load_state_dict({name: value.full_tensor() for name, value in first.model.state_dict().items()})
     resumed = job()
-    resumed.accelerator.load_state(str(directory / "sharded"))
-    resumed.train(3, 12)
+    resumed.accelerator.load_state(str(directory))
+    resumed.train(half, end, clip=clip)
     pairs = zip(first.model.parameters(), resumed.model.parameters(), strict=True)
     apart = max((a - b).abs().max().full_tensor().item() for a, b in pairs)  # type: ignore[attr-defined]
     return kind, difference(whole, train_by_hand("sing_adamw", 12)), apart
@@ -392,7 +404,7 @@ def main(directory: Path) -> None:
     report["FullyShardedDataParallel"] = refusal(no_shard)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     report["FSDPModule"] = refusal(fully_shard(net(), mesh=mesh))
-    report["fsdp2"] = fsdp2(directory)
+    report |= {f"fsdp2 {how}": fsdp2(directory / how, **options) for how, (options, _) in FSDP2.items()}
     (directory / f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

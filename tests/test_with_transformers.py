@@ -616,11 +616,11 @@ def by_hand(steps: int, **options: Any) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in names.items()}
 
 
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], within: float = 1e-11) -> None:
     """Equal but for rounding. A key's bias has no gradient but rounding, since softmax does not see it."""
     assert ours.keys() == theirs.keys()
     apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours if not name.endswith("key.bias")}
-    assert max(apart.values()) <= 1e-11, apart
+    assert max(apart.values()) <= within, apart
 
 
 # Trainer may scale the loss with the number of steps and processes, and clipping scales gradients. SING cancels that
@@ -752,16 +752,21 @@ torch.save((wrapper, weights, refusals), folder / f"rank{rank}.pt")
 """
 
 
+def two_processes(folder: Path, code: str, *arguments: str) -> None:
+    """Run code with torchrun; its arguments are this folder, the one for its results, and the others."""
+    script = folder / "worker.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(folder), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str, Tensor], list[str]]]:
     folder = tmp_path_factory.mktemp("two_processes")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent), str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    two_processes(folder, WORKER)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -778,6 +783,73 @@ def test_tensors_flattened_by_fsdp1_are_refused(outcomes: list[Any]) -> None:
     for _, _, refusals in outcomes:
         assert len(refusals) == 2
         assert all("SING needs whole tensors" in refusal and "FSDP1" in refusal for refusal in refusals)
+
+
+# Accelerate passes over the plugin of FSDP on the CPU, silently. Everything else is Trainer's and Accelerate's own.
+SHARDED_WORKER = """
+import math, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from test_with_accelerate import use_plugin
+from test_with_transformers import SHARDED, arguments, bert, rows
+
+folder, kind, steps, names = Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(","), sys.argv[5:]
+
+class Sharding(Trainer):
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        assert not self.is_fsdp_enabled
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        use_plugin(self.accelerator, DistributedType.FSDP, plugin)
+        self.is_fsdp_enabled = True
+
+def trained(name, resume=None, **options):
+    model = bert()
+    model.classifier = model.classifier[1]
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": kind}
+    options = {**SHARDED, **options, "fsdp": True, "fsdp_config": config}
+    args = arguments(folder / name, name, per_device_train_batch_size=4, **options)
+    training = Sharding(model=model, args=args, train_dataset=rows())
+    training.train(resume_from_checkpoint=resume and str(folder / name / f"checkpoint-{resume}"))
+    held = {type(param) for group in training.optimizer.param_groups for param in group["params"]}
+    assert held == {DTensor}, held
+    whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
+    return {name: whole(param).detach().clone() for name, param in training.model.named_parameters()}
+
+results = {}
+for name in names:
+    often = math.gcd(*map(int, steps))
+    whole = trained(name, save_strategy="steps", save_steps=often)
+    results[name] = [whole, *(trained(name, step) for step in steps)]
+torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+"""
+SHARDED = {"max_steps": 12, "weight_decay": 0.1, **TINY_EPS}  # Lookahead merges after 5 and 10
+
+
+def assert_sharded_as_alone(folder: Path, kind: str, steps: str, names: list[str], within: float) -> None:
+    """FSDP2 in two processes, and resumed after these steps, against one process with the same global batch."""
+    two_processes(folder, SHARDED_WORKER, kind, steps, *names)
+    results = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    for name in names:
+        model = bert()
+        model.classifier = model.classifier[1]
+        alone = trained(trainer(folder / "alone", name, model, per_device_train_batch_size=8, **SHARDED))
+        for result in results:
+            whole, *resumed = result[name]
+            assert_close(whole, alone, within)
+            assert len(resumed) == len(steps.split(","))
+            for weights in resumed:
+                assert all(torch.equal(weights[key], whole[key]) for key in whole)
+
+
+def test_fsdp2_in_two_processes_equals_one_and_resumes(tmp_path: Path) -> None:
+    assert_sharded_as_alone(tmp_path, "FULL_STATE_DICT", "6", ["sing_adamw"], within=1e-12)
 
 
 def test_what_an_earlier_run_froze_is_in_the_groups_of_the_next_one(tmp_path: Path) -> None:
