@@ -29,9 +29,9 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes benchmarks
 
 # With the oldest versions that pyproject.toml admits, all at once. Left out are the tests of what that torch cannot do:
-# Muon came later to torch and to timm, sharded tensors are refused before torch 2.14, and the interpreter of its Triton
-# fails with today's NumPy.
-NOT_OLDEST := matrices_only optimizer_of_rde two_processes a_wrapped_model_is_refused in_the_interpreter
+# Muon came later to torch and to timm, its FSDP2 takes neither HSDP on a CPU nor uneven shards of tensor parallel, that
+# Accelerate does not resume FSDP2, and the interpreter of its Triton fails with today's NumPy.
+NOT_OLDEST := matrices_only optimizer_of_rde hsdp fsdp2_of_tensor_parallel resumes_through_accelerate in_the_interpreter
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -k "$(foreach name,$(NOT_OLDEST),not $(name) and) test"
 

@@ -118,7 +118,9 @@ class Lookahead:
             due: what :meth:`is_due` has said. Where that is a tensor, nobody looks at it.
         """
         if isinstance(due, Tensor) and torch.compiler.is_compiling():  # which makes one kernel of it
-            for weight, other in zip(weights, slow, strict=True):
+            # Numbers as vectors of one: torch 2.7's inductor does not write the slow weight of a number back.
+            both = zip(map(torch.atleast_1d, weights), map(torch.atleast_1d, slow), strict=True)
+            for weight, other in both:
                 merged = other.lerp(weight.to(other.dtype), group[self._alpha])
                 other.copy_(torch.where(due, merged, other))
                 weight.copy_(torch.where(due, merged, weight))

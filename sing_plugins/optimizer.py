@@ -17,11 +17,11 @@ from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS, PROPAGATE,
 from sing_plugins.sharded import ShardedTotals, distributed_like, local
 from sing_plugins.standardize import is_dtensor, working_dtype
 from sing_plugins.step import SKIPPED, Batch, Standardizing, gradient
+from sing_plugins.update import COMPENSATION, apply
 
 # The options that only some hosts have; None in the constructor stands for the host's own default.
 HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
 
-COMPENSATION = "kahan_compensation"
 _CPU = torch.device("cpu")
 
 # Param group keys of the optimizer file published with the paper -> ours.
@@ -254,7 +254,7 @@ class SING(Standardizing):
             states = [{name: local(value) for name, value in state.items()} for state in states]
             totals = ShardedTotals(batch.params)
         params = list(map(local, batch.params))
-        self._apply(params, self._standardized(batch, group), states, group, totals, merge)
+        apply(params, self._standardized(batch, group), states, group, totals, merge, self._lookahead)
         if batch.shards is not None:
             torch.autograd.graph.increment_version(batch.params)
 
@@ -274,7 +274,7 @@ class SING(Standardizing):
                 states: list[dict[str, Any]] = [{} for _ in params]
                 for owner, name, value in zip(owners, names, values, strict=True):
                     states[owner][name] = value
-                self._apply(params, self._standardize(grads, group), states, group, Totals(params), due)
+                apply(params, self._standardize(grads, group), states, group, Totals(params), due, self._lookahead)
 
     def _init_group(
         self,
@@ -326,48 +326,6 @@ class SING(Standardizing):
                     names.append(name)
                     values.append(value)
         return len(batches)
-
-    def _apply(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        group: ParamGroup,
-        totals: Totals,
-        merge: bool | Tensor,
-    ) -> None:
-        """Count, decay, update and, where it is due, merge Lookahead's slow weights, in place.
-
-        Args:
-            params: of one device and dtype.
-            grads: the standardized gradients.
-            states: all that the parameters need.
-            group: the options.
-            totals: of the whole tensors.
-            merge: whether Lookahead is due.
-        """
-        dtype = working_dtype(params[0])
-        low_precision, compensates = params[0].dtype != dtype, COMPENSATION in states[0]
-        grads = [grad.to(dtype) for grad in grads]
-        if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))
-        weights = [param.to(dtype) for param in params]
-        if compensates:
-            torch._foreach_add_(weights, [state[COMPENSATION].to(dtype) for state in states])
-        torch._foreach_add_([state["step"] for state in states], 1.0)
-        lr = group["lr"].reshape(()) if group["capturable"] and isinstance(group["lr"], Tensor) else float(group["lr"])
-        if group["weight_decay"]:
-            decayed = [weight for weight in weights if weight.dim() > 1 or group["decay_all"]]
-            if decayed:
-                torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
-        HOSTS[group["host"]].update(weights, grads, states, {**group, "lr": lr}, totals)
-        if merge is not False:
-            self._lookahead.merge(group, weights, [state[SLOW] for state in states], merge)
-        if low_precision:
-            torch._foreach_copy_(params, weights)
-        if compensates:
-            lost = torch._foreach_sub(weights, [param.to(dtype) for param in params])
-            torch._foreach_copy_([state[COMPENSATION] for state in states], lost)
 
     def _state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
         """A parameter's state; makes what is missing of it."""

@@ -7,12 +7,6 @@ from typing import Any
 
 import torch
 
-from sing_plugins.standardize import is_dtensor
-
-# With torch 2.9 sharded norms are off and Adafactor's factored moments become NaN without an error; 2.10 to 2.13 were
-# not tested.
-DTENSOR_SINCE = (2, 14)
-
 _SHARDED = (
     "SING needs whole tensors: it divides each tensor's gradient by the norm of that tensor, but the parameters here "
     "are flat pieces made by {}. Training on would silently be wrong. Use DDP, FSDP2 (fully_shard; in Accelerate and "
@@ -39,7 +33,7 @@ class WholeTensors:
         self._checked = None
 
     def check(self, groups: list[dict[str, Any]]) -> None:
-        """Raise if a parameter is not the whole tensor that it was, is a piece of it, or is sharded by an old torch.
+        """Raise if a parameter is not the whole tensor that it was, or is a piece of it.
 
         Args:
             groups: all param groups of the optimizer.
@@ -58,12 +52,6 @@ class WholeTensors:
             raise RuntimeError(_SHARDED.format("FullyShardedDataParallel (FSDP1)"))
         if any(hasattr(param, "ds_id") for param in params):
             raise RuntimeError(_SHARDED.format("DeepSpeed ZeRO-3"))
-        if any(map(is_dtensor, params)) and _torch_release() < DTENSOR_SINCE:
-            raise RuntimeError(
-                f"SING is right on sharded tensors (DTensor) with torch {'.'.join(map(str, DTENSOR_SINCE))} and later, "
-                f"but torch {torch.__version__} is installed, whose arithmetic on them is wrong or was not tested. "
-                "Update torch, or use DDP or ZeroRedundancyOptimizer."
-            )
         given = [group for group in self._shapes if group]  # DeepSpeed drops empty groups
         if [[param.shape for param in group["params"]] for group in groups if group["params"]] != given:
             raise RuntimeError(
@@ -71,7 +59,3 @@ class WholeTensors:
                 + " To add parameters, use add_param_group."
             )
         self._checked = shapes
-
-
-def _torch_release() -> tuple[int, ...]:
-    return tuple(int(number) for number in torch.__version__.split(".")[:2])

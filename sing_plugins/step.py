@@ -237,11 +237,13 @@ class Standardizing(Optimizer):
             grad = param.grad
             if grad is None or not param.numel():
                 continue
-            mesh = getattr(param, "device_mesh", None)  # of a DTensor
-            implementation = implementation_of(param, grad, asked, host) if mesh is None else FOREACH
+            implementation = implementation_of(param, grad, asked, host)
             key: object = (implementation, param.device)
             if implementation != FUSED:
                 check_gradient(param, grad)
+                mesh = getattr(param, "device_mesh", None)
+                if mesh is not None:  # what tensors of a mesh communicate, they communicate together
+                    implementation = FOREACH
                 key = position if implementation == LOOP else (param.device, param.dtype, mesh)
                 sizes[key] += local(param).numel()
                 key = key, sizes[key] // FOREACH_BLOCK

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from sing_plugins.standardize import standardize
 
 STEPS = 20
 CHECKPOINTS = Path()  # see main
+deviation = 0.0
 SCENARIOS: dict[str, Callable[[], None]] = {}
 Create = Callable[[Any], Optimizer]
 
@@ -93,17 +95,25 @@ def run(model: nn.Module, optimizer: Optimizer, steps: range, split: bool) -> No
         optimizer.step()
 
 
-def alone(create: Create) -> dict[str, Tensor]:
-    model = net()
+def alone(create: Create, make: Callable[[], nn.Module] = net) -> dict[str, Tensor]:
+    model = make()
     run(model, create(model.parameters()), range(STEPS), split=False)
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
-def assert_as_alone(model: nn.Module, create: Create) -> None:
-    expected = alone(create)
+def assert_as_alone(model: nn.Module, create: Create, make: Callable[[], nn.Module] = net) -> None:
+    expected = alone(create, make)
     for name, param in model.named_parameters():
         whole = param.full_tensor() if isinstance(param, DTensor) else param
-        torch.testing.assert_close(whole.detach(), expected[name.removeprefix("module.")], rtol=1e-12, atol=1e-12)
+        assert_equal(whole.detach(), expected[name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")])
+
+
+def assert_equal(value: Tensor, expected: Tensor) -> None:
+    """To 1e-12; notes the largest deviation of this process's scenario."""
+    global deviation
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    if value.numel():
+        deviation = max(deviation, float((value - expected).abs().max()))
 
 
 NATIVE = functools.partial(SING, lr=0.05, weight_decay=0.1)
@@ -171,8 +181,8 @@ def hsdp() -> None:
     assert_as_alone(model, NATIVE)
 
 
-def wrapped_adam(params: Any) -> Optimizer:
-    return wrap(torch.optim.Adam(params, lr=0.05))
+def wrapped_adam(params: Any, **options: Any) -> Optimizer:
+    return wrap(torch.optim.Adam(params, lr=0.05), **options)
 
 
 @scenario
@@ -220,13 +230,83 @@ def checkpoint_of_two_processes() -> None:
             assert_as_alone(model, create)
 
 
+class Tied(nn.Module):
+    """Uses a weight twice, and never learns another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 1)
+        self.second.weight = self.first.weight
+        self.last.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)) + self.second(x).sin())
+
+
+def tied() -> Tied:
+    torch.manual_seed(0)
+    return Tied().double()
+
+
 @scenario
-def tensor_parallel() -> None:
+def fsdp2_of_tied_and_frozen_weights() -> None:
+    for create in (NATIVE, wrapped_adam):
+        model = fully_shard(tied(), mesh=line())
+        run(model, create(model.parameters()), range(STEPS), split=True)
+        assert_as_alone(model, create, tied)
+
+
+def parallelized(mesh: DeviceMesh) -> Net:
     model = net()
     # the bare parameter between the two layers is whole, so the first layer's output is gathered
     plan = {"first": ColwiseParallel(output_layouts=Replicate()), "last": RowwiseParallel(input_layouts=Replicate())}
-    parallelize_module(model, line(), plan)
+    parallelize_module(model, mesh, plan)
     assert isinstance(model.first.weight, DTensor)
+    return model
+
+
+@scenario
+def fsdp2_of_tensor_parallel() -> None:
+    """A dimension that is split twice, from right to left."""
+    for create in (NATIVE, functools.partial(NATIVE, host="adafactor"), wrapped_adam):
+        model = parallelized(grid()["inner"])
+        fully_shard(model, mesh=grid()["outer"])
+        for step in range(STEPS):  # ranks that share a part of the model see the same part of the batch
+            x, y = (part.chunk(grid().size(0))[grid().get_local_rank(0)] for part in batch(step))
+            if step == 0:
+                optimizer = create(model.parameters())
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        assert_as_alone(model, create)
+
+
+@scenario
+def all_ranks_skip_the_step_of_which_one_has_an_entry_that_is_not_finite() -> None:
+    for create in (functools.partial(NATIVE, nonfinite="skip"), functools.partial(wrapped_adam, nonfinite="skip")):
+        alone = [nn.Parameter(torch.ones(5, 3, dtype=torch.float64)), nn.Parameter(torch.ones(4, dtype=torch.float64))]
+        params = [nn.Parameter(own_part(param.detach(), line(), [Shard(0)])) for param in alone]
+        expected, optimizer = create(alone), create(params)
+        for step in range(6):
+            for own, param in zip(alone, params, strict=True):
+                own.grad = torch.randn(own.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+                if step in (0, 3):
+                    own.grad[0] = torch.nan
+                param.grad = own_part(own.grad, line(), [Shard(0)])
+            if step in (0, 3):
+                assert params[0].grad is not None
+                has_it = not params[0].grad.to_local().isfinite().all()
+                assert has_it is (dist.get_rank() == 0)
+            expected.step()
+            optimizer.step()
+        for own, param in zip(alone, params, strict=True):
+            assert_is_part_of(param.detach(), own.detach())
+        assert [count for key, count in optimizer.param_groups[0].items() if key.endswith("skipped_steps")] == [2]
+
+
+@scenario
+def tensor_parallel() -> None:
+    model = parallelized(line())
     for foreach in (True, False):
         create = functools.partial(NATIVE, foreach=foreach)
         twin = copy.deepcopy(model)
@@ -240,13 +320,16 @@ def tensor_parallel() -> None:
 SHAPES = [(8, 4), (5, 3), (3, 7), (1, 6), (6, 1), (2, 3, 5), (3, 2, 2, 2), (9,), (1,), ()]
 HOSTS: list[dict[str, Any]] = [
     {"host": "adamw"},
-    {"host": "adamw", "softplus_beta": None, "centralize": False},
-    {"host": "adamw", "normalize": False, "lookahead_k": None, "maximize": True},
-    {"host": "adabelief"},
-    {"host": "sgd", "nesterov": True},
-    {"host": "adafactor"},
     {"host": "adafactor", "momentum": 0.9, "capturable": True},
 ]
+if "HARD" in os.environ:
+    HOSTS += [
+        {"host": "adamw", "softplus_beta": None, "centralize": False},
+        {"host": "adamw", "normalize": False, "lookahead_k": None, "maximize": True},
+        {"host": "adabelief"},
+        {"host": "sgd", "nesterov": True},
+        {"host": "adafactor"},
+    ]
 LAYOUTS: dict[str, Callable[[], tuple[DeviceMesh, list[Placement]]]] = {
     "rows": lambda: (line(), [Shard(0)]),
     "columns": lambda: (line(), [Shard(1)]),
@@ -281,7 +364,10 @@ def wholes(seed: int) -> list[Tensor]:
 def assert_is_part_of(value: Tensor, whole: Tensor, **tolerance: float) -> None:
     if isinstance(value, DTensor):
         value, whole = value.to_local(), own_part(whole, value.device_mesh, value.placements).to_local()
-    torch.testing.assert_close(value, whole, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
+    if tolerance:
+        torch.testing.assert_close(value, whole, **tolerance)
+    else:
+        assert_equal(value, whole)
 
 
 def assert_tensors_as_alone(
@@ -346,7 +432,7 @@ def gradients_that_are_cut_otherwise_or_not_added_up_yet() -> None:
     param.grad = DTensor.from_local(grad, mesh, [Partial()])
     for own in (alone, param):
         SING([own], lr=0.1).step()
-    torch.testing.assert_close(param.full_tensor().detach(), alone.detach(), rtol=1e-12, atol=1e-12)
+    assert_equal(param.full_tensor().detach(), alone.detach())
 
 
 @scenario
@@ -431,24 +517,22 @@ def fsdp1_flat_parameters() -> None:
 def fsdp1_no_shard() -> None:
     model = fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD)
     run(model, NATIVE(model.parameters()), range(STEPS), split=True)
-    expected = alone(NATIVE)
-    for name, param in model.named_parameters():
-        name = name.replace("_fsdp_wrapped_module.", "")
-        torch.testing.assert_close(param.detach(), expected[name], rtol=1e-12, atol=1e-12)
+    assert_as_alone(model, NATIVE)
 
 
 def main(rank: int, processes: int, directory: str) -> None:
-    global CHECKPOINTS
+    global CHECKPOINTS, deviation
     CHECKPOINTS = Path(directory).parent
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=processes)
     outcomes = {}
     for name in SCENARIOS if processes > 1 else [checkpoint_of_two_processes.__name__]:
+        deviation = 0.0
         try:
             SCENARIOS[name]()
-            outcomes[name] = "as alone"
+            outcomes[name] = {"error": None, "deviation": deviation}
         except Exception:
-            outcomes[name] = traceback.format_exc()
+            outcomes[name] = {"error": traceback.format_exc(), "deviation": None}
     Path(directory, f"rank{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
 

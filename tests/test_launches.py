@@ -92,5 +92,5 @@ def test_a_step_by_foreach_has_two_launches_for_a_centred_tensor_and_few_for_all
 def test_a_fake_look_is_seen() -> None:
     optimizer = on_device([(4, 5)], implementation="foreach")
     optimizer.param_groups[0]["lr"] = torch.empty((), device=CUDA)
-    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+    with pytest.raises(RuntimeError):
         optimizer.step()

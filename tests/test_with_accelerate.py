@@ -332,12 +332,17 @@ FSDP2: dict[str, tuple[dict[str, Any], float]] = {  # with how far it may be fro
 
 
 @pytest.mark.parametrize("how", FSDP2)
-def test_fsdp2_in_two_processes_equals_one_process_and_resumes(two_processes: list[dict[str, Any]], how: str) -> None:
+def test_fsdp2_in_two_processes_equals_one_process(two_processes: list[dict[str, Any]], how: str) -> None:
     for report in two_processes:
-        kind, from_one_process, from_resumed = report[f"fsdp2 {how}"]
+        kind, from_one_process, _ = report[f"fsdp2 {how}"]
         assert kind == "DTensor"
         assert from_one_process < FSDP2[how][1]
-        assert from_resumed == 0.0
+
+
+@pytest.mark.parametrize("how", FSDP2)
+def test_fsdp2_resumes_through_accelerate(two_processes: list[dict[str, Any]], how: str) -> None:
+    """Accelerate 1.6 does not, with torch's AdamW either: 0.08 apart."""
+    assert [report[f"fsdp2 {how}"][2] for report in two_processes] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"])

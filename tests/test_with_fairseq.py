@@ -216,7 +216,7 @@ BAD = {
     "--sing-softplus-beta -1": "Invalid softplus_beta: -1.0 for sing. Accepted: a finite number > 0, or None",
     "--sing-centralize maybe": "Invalid centralize: 'maybe' for sing. Accepted: True or False.",
     "--sing-betas 0.9": "Invalid betas: '0.9' for sing. Accepted: two numbers in [0, 1).",
-    "--sing-momentum 0.9": "Unknown option 'momentum' of sing. Valid: betas, centralize",
+    "--sing-momentum 0.9": "Unknown option 'momentum' of sing. Valid: betas, capturable, centralize",
     "--sing-host sgd --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_sgd.",
     "--sing-host radam --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_radam. sing_radam is",
     "--sing-host nag --sing-momentum much": "Invalid momentum: 'much' for sing_nag. Accepted: a number in [0, 1)",
