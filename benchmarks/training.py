@@ -1,10 +1,18 @@
-"""Time of whole training steps, with SING and with AdamW as a framework makes them."""
+"""Time of whole training steps, with SING and with AdamW as a framework makes them.
+
+MiniLM is trained by Trainer's own loop. timm's package has none: its models are trained by the few lines that its
+documentation has.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -21,20 +29,19 @@ Batch = dict[str, Tensor]
 Size = tuple[int, ...]
 
 
+Steps = Callable[[], float]  # makes a step and returns its seconds
+
+
 class Training(NamedTuple):
-    """A model, its data, and how its framework makes an optimizer.
+    """A model in a framework.
 
     Attributes:
-        model: of random weights.
-        batch: of a size, on the CPU.
-        loss: of a model and a batch.
-        optimizer: SING for True, else the framework's own AdamW.
+        optimizer: makes it for a model: SING for True, else the framework's own AdamW.
+        steps: of a size of the batch, with SING or not; what ends them goes to the stack.
     """
 
-    model: Callable[[], nn.Module]
-    batch: Callable[[Size], Batch]
-    loss: Callable[[nn.Module, Batch], Tensor]
-    optimizer: Callable[[nn.Module, bool], Optimizer]
+    optimizer: Callable[[bool], Optimizer]
+    steps: Callable[[Size, bool, Settings, ExitStack], Steps]
 
 
 def measure(settings: Settings) -> Iterator[Row]:
@@ -45,32 +52,21 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def _timed(training: Training, size: Size, settings: Settings) -> Row:
-    batch = {key: value.to(settings.device) for key, value in training.batch(size).items()}
-    works = {}
-    for key in ("reference", "mine"):
-        torch.manual_seed(0)
-        model = training.model().to(settings.device).train()
-        step = partial(train_step, model, training.optimizer(model, key == "mine"), training.loss, batch)
-        step()  # makes the state
-        works[key] = partial(seconds, step, settings.device)
-    # Step by step: in the time of a cycle, the machine may have become another.
-    times = in_turn(
-        works,
-        rounds=settings.rounds * CYCLE,
-        least=settings.least_rounds * CYCLE,
-        budget=settings.training_budget,
-    )
+    with ExitStack() as stack:
+        works = {}
+        for key in ("reference", "mine"):
+            torch.manual_seed(0)
+            works[key] = training.steps(size, key == "mine", settings, stack)
+            works[key]()  # makes the state
+        # Step by step: in the time of a cycle, the machine may have become another.
+        times = in_turn(
+            works,
+            rounds=settings.rounds * CYCLE,
+            least=settings.least_rounds * CYCLE,
+            budget=settings.training_budget,
+        )
     cycles = {key: _cycles(series) for key, series in times.items()}
     return against(cycles["mine"], cycles["reference"], CYCLE)
-
-
-def train_step(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch
-) -> None:
-    """Forward, backward, step."""
-    optimizer.zero_grad()
-    loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
 
 
 def _cycles(series: list[float]) -> list[float]:
@@ -78,18 +74,13 @@ def _cycles(series: list[float]) -> list[float]:
     return [sum(series[at : at + CYCLE]) for at in range(0, len(series) - CYCLE + 1, CYCLE)]
 
 
+# --- timm
+
+
 def _timm_model(name: str) -> nn.Module:
     import timm
 
     return timm.create_model(name, num_classes=CLASSES)
-
-
-def _images(size: Size) -> Batch:
-    return {"images": torch.randn(size), "labels": torch.randint(CLASSES, size[:1])}
-
-
-def _image_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch["images"]), batch["labels"])
 
 
 def _by_timm(model: nn.Module, sing: bool) -> Optimizer:
@@ -99,6 +90,27 @@ def _by_timm(model: nn.Module, sing: bool) -> Optimizer:
     return create_optimizer_v2(model, weight_decay=5e-3, **chosen)
 
 
+def _timm_steps(name: str, size: Size, sing: bool, settings: Settings, stack: ExitStack) -> Steps:
+    model = _timm_model(name).to(settings.device).train()
+    optimizer = _by_timm(model, sing)
+    images = torch.randn(size).to(settings.device)
+    labels = torch.randint(CLASSES, size[:1]).to(settings.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return partial(seconds, step, settings.device)
+
+
+def _timm(name: str) -> Training:
+    return Training(lambda sing: _by_timm(_timm_model(name), sing), partial(_timm_steps, name))
+
+
+# --- Trainer
+
+
 def _minilm() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -106,27 +118,92 @@ def _minilm() -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-def _texts(size: Size) -> Batch:
-    return {"input_ids": torch.randint(30522, size), "labels": torch.randint(2, size[:1])}
-
-
-def _text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    loss: Tensor = model(**batch).loss
-    return loss
-
-
-def _by_trainer(model: nn.Module, sing: bool) -> Optimizer:
+def _trainer(sing: bool, folder: str, on_cpu: bool, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     chosen: dict[str, Any] = {"optim": "sing_adamw", "learning_rate": 5e-3} if sing else {}
-    cpu = next(model.parameters()).device.type == "cpu"
+    quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=folder, use_cpu=on_cpu, **quiet, **chosen, **options)
+    return Trainer(model=_minilm(), args=arguments)
+
+
+def _by_trainer(sing: bool) -> Optimizer:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(output_dir=folder, report_to=[], use_cpu=cpu, **chosen)
-        return Trainer(model=model, args=arguments).create_optimizer()
+        optimizer: Optimizer = _trainer(sing, folder, on_cpu=True).create_optimizer()
+        return optimizer
+
+
+def _trainer_steps(size: Size, sing: bool, settings: Settings, stack: ExitStack) -> Steps:
+    batch, length = size
+    folder, on_cpu = stack.enter_context(tempfile.TemporaryDirectory()), settings.device == "cpu"
+    trainer = _trainer(sing, folder, on_cpu, max_steps=10**6, per_device_train_batch_size=batch)
+    trainer.train_dataset = [
+        {"input_ids": torch.randint(30522, (length,)), "labels": torch.randint(2, ())} for _ in range(batch)
+    ]
+    steps = TrainerSteps(trainer, settings)
+    stack.callback(steps.end)
+    return steps
+
+
+class _Ended(Exception):  # noqa: N818  # it is no error
+    """There is no further step."""
+
+
+class TrainerSteps:
+    """Lets the loop of a Trainer, in a thread of its own, make one step at a time.
+
+    Args:
+        trainer: one that has not begun.
+        settings: the run's.
+    """
+
+    def __init__(self, trainer: Any, settings: Settings) -> None:
+        from transformers import TrainerCallback
+
+        begin: SimpleQueue[bool] = SimpleQueue()
+        ended: SimpleQueue[float | BaseException] = SimpleQueue()
+        self._begin, self._ended = begin, ended
+
+        class InTurn(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                if not begin.get():
+                    raise _Ended
+                self.begun = time.perf_counter()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                if settings.device != "cpu":
+                    torch.accelerator.synchronize()
+                ended.put(time.perf_counter() - self.begun)
+
+        def train() -> None:
+            torch.set_num_threads(settings.threads)  # which every thread has its own of
+            try:
+                trainer.train()
+            except _Ended:
+                pass
+            except BaseException as error:
+                ended.put(error)
+
+        trainer.add_callback(InTurn)
+        self._thread = threading.Thread(target=train)
+        self._thread.start()
+
+    def __call__(self) -> float:
+        """Make a step; returns its seconds."""
+        self._begin.put(True)
+        outcome = self._ended.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def end(self) -> None:
+        """End the training."""
+        self._begin.put(False)
+        self._thread.join()
 
 
 TRAININGS = {
-    "ResNet18": Training(partial(_timm_model, "resnet18"), _images, _image_loss, _by_timm),
-    "ViT-S": Training(partial(_timm_model, "vit_small_patch16_224"), _images, _image_loss, _by_timm),
-    "MiniLM": Training(_minilm, _texts, _text_loss, _by_trainer),
+    "ResNet18": _timm("resnet18"),
+    "ViT-S": _timm("vit_small_patch16_224"),
+    "MiniLM": Training(_by_trainer, _trainer_steps),
 }

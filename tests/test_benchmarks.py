@@ -87,7 +87,7 @@ def test_trainings_imports_and_curves_are_measured(record: dict[str, Any]) -> No
 @pytest.mark.parametrize("sing", [True, False])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_trainings_have_the_optimizer_that_they_say(name: str, sing: bool) -> None:
-    optimizer = TRAININGS[name].optimizer(TRAININGS[name].model(), sing)
+    optimizer = TRAININGS[name].optimizer(sing)
     assert type(optimizer).__name__ == ("SING" if sing else "AdamW")
 
 
