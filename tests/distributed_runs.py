@@ -15,12 +15,13 @@ from typing import Any
 Outcomes = list[dict[str, dict[str, Any]]]
 
 
-def run(count: int, directory: Path) -> Outcomes:
+def run(count: int, directory: Path, seconds: float = 300) -> Outcomes:
     """Of each process, scenario by scenario, its error, or the largest deviation from one process.
 
     Args:
         count: of the processes.
         directory: for them alone; the checkpoints that two of them leave for others are in its parent.
+        seconds: at most.
     """
     script = Path(__file__).parent / "distributed_scenarios.py"
     processes = [
@@ -32,7 +33,7 @@ def run(count: int, directory: Path) -> Outcomes:
         )
         for rank in range(count)
     ]
-    logs = [process.communicate(timeout=300)[0] for process in processes]
+    logs = [process.communicate(timeout=seconds)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, logs
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
 
@@ -44,7 +45,7 @@ def main() -> None:
         for count in (2, 4):
             directory = Path(parent, str(count))
             directory.mkdir()
-            runs[count] = run(count, directory)
+            runs[count] = run(count, directory, seconds=1200)
     print("| scenario | 2 processes | 4 processes |\n|---|---|---|")
     for name in runs[2][0]:
         worst = [[outcome[name]["deviation"] for outcome in outcomes] for outcomes in runs.values()]
