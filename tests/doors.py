@@ -541,9 +541,8 @@ def named(draw: st.DrawFn, *, any_case: bool = True, strings: bool = False) -> t
         wrong = draw(misspelled())
         assume(wrong.lower() not in EVERY_NAME and wrong.lower().replace("_", "") not in COMPACT)
         return wrong, None
-    return draw(
-        st.sampled_from([("sing_muon",), OTHERS, NO_NAMES, NO_NAMES if strings else NO_STRINGS][kind - 9])
-    ), None
+    muon = ("sing_muon",) if hasattr(torch.optim, "Muon") else OTHERS  # which old torches do not have
+    return draw(st.sampled_from([muon, OTHERS, NO_NAMES, NO_NAMES if strings else NO_STRINGS][kind - 9])), None
 
 
 @st.composite

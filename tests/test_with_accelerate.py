@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -325,7 +326,7 @@ def test_load_state_in_two_processes_continues_exactly(two_processes: list[dict[
 
 FSDP2: dict[str, tuple[dict[str, Any], float]] = {  # with how far it may be from one process
     "sharded checkpoint": ({}, 1e-12),
-    "whole checkpoint": ({"checkpoint": "FULL_STATE_DICT"}, 1e-12),
+    "full_checkpoint": ({"checkpoint": "FULL_STATE_DICT"}, 1e-12),
     "accumulated": ({"pieces": 2}, 1e-12),
     "clipped": ({"clip": 1e-2}, 1e-5),  # eps counts for more
 }
@@ -409,7 +410,11 @@ def main(directory: Path) -> None:
     report["FullyShardedDataParallel"] = refusal(no_shard)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     report["FSDPModule"] = refusal(fully_shard(net(), mesh=mesh))
-    report |= {f"fsdp2 {how}": fsdp2(directory / how, **options) for how, (options, _) in FSDP2.items()}
+    for how, (options, _) in FSDP2.items():
+        try:
+            report[f"fsdp2 {how}"] = fsdp2(directory / how, **options)
+        except ValueError as error:  # Accelerate 1.6 makes no full checkpoints
+            report[f"fsdp2 {how}"] = str(error), math.inf, math.inf
     (directory / f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
