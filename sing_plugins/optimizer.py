@@ -235,21 +235,25 @@ class SING(Standardizing):
         if batch.implementation != FUSED:
             self._update_by_torch(batch, group, merge)
             return
-        device, states = batch.params[0].device, [self._state(param, group) for param in batch.params]
+        device = batch.params[0].device
         taken: list[Tensor] = []
+        kept: list[dict[str, Any]] = []
         others: list[Tensor] = []
-        for param, state in zip(batch.params, states, strict=True):
-            (taken if takes_state(param, state, group, merge) else others).append(param)
+        for param, state in zip(batch.params, self._states(batch.params, group), strict=True):
+            if takes_state(param, state, group, merge):
+                taken.append(param)
+                kept.append(state)
+            else:
+                others.append(param)
         if len({param.data_ptr() for param in taken}) < len(taken):  # threads would meet in the same memory
             taken, others = [], batch.params
         if taken:
-            kept = [self.state[param] for param in taken]
             self._kernels[device.type].step(taken, list(map(gradient, taken)), kept, group, merge)
         for left in [others] if others and of_torch(device) == FOREACH else [[param] for param in others]:
             self._update(Batch(of_torch(device), left), group, merge)
 
     def _update_by_torch(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
-        states, totals = [self._state(param, group) for param in batch.params], Totals(batch.params)
+        states, totals = self._states(batch.params, group), Totals(batch.params)
         if batch.shards is not None:
             states = [{name: local(value) for name, value in state.items()} for state in states]
             totals = ShardedTotals(batch.params)
@@ -320,33 +324,36 @@ class SING(Standardizing):
         if number >= 0:
             params += batches[number].params
             grads += map(gradient, params)
-            for owner, param in enumerate(params):
-                for name, value in self._state(param, group).items():
+            for owner, state in enumerate(self._states(params, group)):
+                for name, value in state.items():
                     owners.append(owner)
                     names.append(name)
                     values.append(value)
         return len(batches)
 
-    def _state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
-        """A parameter's state; makes what is missing of it."""
-        state: dict[str, Any] = self.state[param]
-        device, host = param.device if group["capturable"] else _CPU, HOSTS[group["host"]]
-        if "step" not in state:
-            state["step"] = _counter(0, device)
-            weight = local(param).to(working_dtype(param))
-            for name, value in host.init_state(weight, group).items():
-                state[name] = self._like(param, name, value)
-        elif state["step"].device != device:  # loaded onto another, or capturable since
-            state["step"] = state["step"].to(device)
-        for name in host.later(group):
-            if name not in state:
-                state[name] = self._like(param, name, torch.zeros_like(local(param), dtype=working_dtype(param)))
-        if group["kahan_sum"] and param.dtype != working_dtype(param):
-            if COMPENSATION not in state:
-                state[COMPENSATION] = self._like(param, COMPENSATION, torch.zeros_like(local(param)))
-        else:
-            state.pop(COMPENSATION, None)
-        return state
+    def _states(self, params: list[Tensor], group: ParamGroup) -> list[dict[str, Any]]:
+        """The states of parameters of one device and dtype; makes what is missing of them."""
+        host, dtype, working = HOSTS[group["host"]], params[0].dtype, working_dtype(params[0])
+        device = params[0].device if group["capturable"] else _CPU
+        zeros = dict.fromkeys(host.later(group), working)
+        if group["kahan_sum"] and dtype != working:
+            zeros[COMPENSATION] = dtype
+        states = []
+        for param in params:
+            state: dict[str, Any] = self.state[param]
+            if "step" not in state:
+                state["step"] = _counter(0, device)
+                for name, value in host.init_state(local(param).to(working), group).items():
+                    state[name] = self._like(param, name, value)
+            elif state["step"].device != device:  # loaded onto another, or capturable since
+                state["step"] = state["step"].to(device)
+            for name, kept_in in zeros.items():
+                if name not in state:
+                    state[name] = self._like(param, name, torch.zeros_like(local(param), dtype=kept_in))
+            if COMPENSATION not in zeros:
+                state.pop(COMPENSATION, None)
+            states.append(state)
+        return states
 
     def _like(self, param: Tensor, name: str, value: Tensor) -> Tensor:
         """A host's state as it is kept: sharded as its parameter is."""

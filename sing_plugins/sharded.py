@@ -93,9 +93,7 @@ def shards(wanted: Sequence[Wanted]) -> list[list[Shard]]:
     ]
 
     divided = [at for at, of in enumerate(options) if of.norms]
-    squares: list[Tensor] = []
-    for at in divided:
-        squares += [length.square() for length in norms([_less(grads[at].to(working_dtype(grads[at])), means[at])])]
+    squares = [norms([_less(grads[at].to(working_dtype(grads[at])), means[at])])[0].square() for at in divided]
     picked = [params[at] for at in divided]
     lengths: list[Tensor | None] = [None] * len(params)
     for at, total in zip(divided, add_up(squares, picked, [cuts(param) for param in picked]), strict=True):
@@ -117,9 +115,8 @@ def standardized(parts: Sequence[Shard], normalize: bool, eps: float) -> list[Te
     for part, whole in zip(result, parts, strict=True):
         if whole.mean is not None:
             part.sub_(whole.mean)
-    lengths = [part.norm for part in parts if part.norm is not None]
     if normalize:
-        divide(memory, result, lengths, eps)
+        divide(memory, result, [part.norm for part in parts if part.norm is not None], eps)
     return result
 
 

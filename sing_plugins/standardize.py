@@ -19,7 +19,6 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Blocks of this many entries keep the error below 1e-6; their norms are then combined in float64.
 CPU_NORM_BLOCK = 16384
 
-
 # Squares of the entries that make up a smaller norm are denormal, or zero.
 _SAFE = {dtype: torch.finfo(dtype).tiny ** 0.5 * 1e4 for dtype in (torch.float32, torch.float64)}
 
@@ -96,7 +95,7 @@ def standardize(
     """
     if not grads:
         return []
-    if normalize and not torch.compiler.is_compiling() and _share_memory_well(grads):
+    if normalize and _share_memory_well(grads):
         return _standardize_in_one_piece(grads, centralize, eps, rows_of_one)
     whole = [grad.to(working_dtype(grad)) for grad in grads]
     centred = [_centralize(grad, rows_of_one) for grad in whole] if centralize else whole
@@ -124,6 +123,8 @@ def _normalize(grad: Tensor, centred: Tensor, eps: float, rows_of_one: bool | No
 
 def _share_memory_well(grads: Sequence[Tensor]) -> bool:
     """Whether launches are what a step's time goes into, and one piece of memory can hold these gradients."""
+    if torch.compiler.is_compiling():  # which makes few launches of many operations itself
+        return False
     return not _may_be_read(grads[0]) and len({working_dtype(grad) for grad in grads}) == 1
 
 
