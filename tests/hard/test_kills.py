@@ -1,6 +1,6 @@
 """Trainings that are killed at random and resumed end bit for bit as those that were not; half a checkpoint is refused.
 
-In Trainer and Accelerate this file is the training script; in fairseq it is ``fairseq-train``.
+In Trainer and Accelerate this file is the training script; in fairseq it is ``fairseq_cli.train``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def command(name: str, folder: Path, restore: Restore, data: str) -> list[str]:
     told = "--log-format json --log-interval 1 --dropout 0.1 --optimizer sing --save-dir"
     given = [data, *TINY, *SCHEDULE, *how.split(), *told.split(), str(folder)]
     given += ["--restore-file", str(restore)] if restore else []
-    return [str(Path(sys.executable).with_name("fairseq-train")), *given]
+    return [sys.executable, "-m", "fairseq_cli.train", *given]
 
 
 @dataclass
