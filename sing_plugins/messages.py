@@ -31,13 +31,13 @@ def say(message: str, *, level: int = logging.WARNING, once: bool = False) -> No
     logger.log(level, "SING: %s", message)
 
 
-def hint_learning_rate(lr: Any, host: str, *, softplus: bool, framework_default: float | None = None) -> None:
-    """Say so, once, when the learning rate is a framework's untouched default or, with softplus, looks like AdamW's.
+def hint_learning_rate(lr: Any, host: str, *, is_damped: bool, framework_default: float | None = None) -> None:
+    """Say so, once, when the learning rate is a framework's untouched default or, where it is too low, like AdamW's.
 
     Args:
         lr: the optimizer's; None where it finds its own, as timm's Adafactor does.
         host: the host's name.
-        softplus: whether softplus is on; without, the learning rate of the host alone is right.
+        is_damped: whether softplus damps large tensors; if not, the learning rate of the host alone is right.
         framework_default: the learning rate that the framework takes when nothing is asked for.
     """
     if lr is None:
@@ -46,12 +46,12 @@ def hint_learning_rate(lr: Any, host: str, *, softplus: bool, framework_default:
     advice = (
         "SING usually wants about ten times AdamW's best lr (and a tenth of its weight decay): the paper used 5e-3 to "
         "1e-1 from scratch and 2e-4 to 8e-4 for fine-tuning."
-        if softplus
-        else f"SING without softplus usually wants about the best lr of {host} alone."
+        if is_damped
+        else f"SING without softplus_beta, or with softplus_relative, usually wants about the best lr of {host} alone."
     )
     if framework_default is not None and lr == framework_default:
         say(f"lr={lr:g} is the framework's default. {advice}", once=True)
-    elif softplus and (0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY):
+    elif is_damped and (0 < lr <= _ADAMW_FINE_TUNING or lr in _ADAMW_CUSTOMARY):
         say(f"lr={lr:g} looks like a learning rate of AdamW. {advice}", once=True)
 
 

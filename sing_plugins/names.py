@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sing_plugins.hosts import HOSTS
-from sing_plugins.optimizer import HOST_OPTIONS, SING
+from sing_plugins.optimizer import HOST_OPTIONS, IDLE_SOFTPLUS, SING
 from sing_plugins.options import OPTIONS, Option, shown, signature_options
 from sing_plugins.wrapper import wrap
 
@@ -57,9 +57,10 @@ class Named:
         """
         raise NotImplementedError
 
-    def has_softplus(self, options: Mapping[str, Any]) -> bool:
-        """Whether, with these options, softplus takes the place of ``eps`` in the denominator."""
-        return "softplus_beta" in self.options and options.get("softplus_beta", 50.0) is not None
+    def wants_more_lr(self, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, softplus damps large tensors, so that the host's own lr would be too low."""
+        has_beta = "softplus_beta" in self.options and options.get("softplus_beta", 50.0) is not None
+        return has_beta and options.get("softplus_relative") is None
 
     def parse(self, options: Mapping[str, object]) -> dict[str, Any]:
         """Type the options, from strings or Python values.
@@ -85,7 +86,7 @@ class Native(Named):
     @property
     def options(self) -> dict[str, Option]:
         host = HOSTS[self.host]
-        foreign = {*HOST_OPTIONS, *([] if host.softplus else ["softplus_beta"])} - set(host.options)
+        foreign = {*HOST_OPTIONS, *(() if host.softplus else IDLE_SOFTPLUS)} - set(host.options)
         return {name: OPTIONS[name] for name in (*_SING_OPTIONS, "freeze") if name not in foreign}
 
     def build(self, params: ParamsT, **options: Any) -> Optimizer:

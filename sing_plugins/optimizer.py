@@ -24,6 +24,9 @@ HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.opti
 
 _CPU = torch.device("cpu")
 
+# Values that ask for no softplus, or for the one that nobody has to ask for.
+IDLE_SOFTPLUS: dict[str, tuple[float | None, ...]] = {"softplus_beta": (None, 50.0), "softplus_relative": (None,)}
+
 # Param group keys of the optimizer file published with the paper -> ours.
 PAPER_KEYS = {"grad_central": "centralize", "grad_norm": "normalize", "la_alpha": "lookahead_alpha"}
 
@@ -64,6 +67,9 @@ class SING(Standardizing):
         normalize: Γ (equation 3).
         softplus_beta: sharpness of the softplus that replaces ``+ eps`` in the host's denominator, or None for
             ``+ eps``. Default 50. The host sgd has no denominator and does not use it.
+        softplus_relative: the same in proportion to the tensor's size, in place of the one number: of N entries, β is
+            ``softplus_relative · √N``, since a gradient of norm 1 has entries of about 1/√N. With it the best lr is
+            near AdamW's (docs/size.md). Default None.
         lookahead_k: Lookahead's period in steps, or None for no Lookahead. Default 5.
         lookahead_alpha: the share of the fast weights in a Lookahead merge. Default 0.5.
         centralize_rows_of_one: a tensor whose rows have one element (``n×1``) is not centralized, since its gradient
@@ -109,6 +115,7 @@ class SING(Standardizing):
         centralize: bool = True,
         normalize: bool = True,
         softplus_beta: float | None = 50.0,
+        softplus_relative: float | None = None,
         lookahead_k: int | None = 5,
         lookahead_alpha: float = 0.5,
         centralize_rows_of_one: bool = False,
@@ -136,6 +143,7 @@ class SING(Standardizing):
             "centralize": centralize,
             "normalize": normalize,
             "softplus_beta": softplus_beta,
+            "softplus_relative": softplus_relative,
             "lookahead_k": lookahead_k,
             "lookahead_alpha": lookahead_alpha,
             "lookahead_step": 0,
@@ -395,11 +403,18 @@ def _check_options(group: ParamGroup, host: str) -> None:
         )
     if group.get("nesterov") and not group["momentum"]:
         raise ValueError("Invalid nesterov: True with momentum 0. Give a momentum > 0 or leave nesterov out.")
-    if not HOSTS[host].softplus and group["softplus_beta"] not in (None, 50.0):
-        raise ValueError(
-            f"Invalid softplus_beta: {group['softplus_beta']!r}. The host {host!r} has no denominator for softplus; "
-            "leave it out."
-        )
+    for name, idle in IDLE_SOFTPLUS.items():
+        if not HOSTS[host].softplus and group[name] not in idle:
+            raise ValueError(
+                f"Invalid {name}: {group[name]!r}. The host {host!r} has no denominator for softplus; leave it out."
+            )
+    if group["softplus_relative"] is not None:
+        for name, wanted in {"softplus_beta": 50.0, "normalize": True}.items():
+            if group[name] != wanted:
+                raise ValueError(
+                    f"Invalid {name}: {group[name]!r} with softplus_relative={group['softplus_relative']!r}, which "
+                    "takes the place of softplus_beta and counts on gradients of norm 1. Give one of the two."
+                )
 
 
 def _adopt_paper_group(group: ParamGroup) -> None:

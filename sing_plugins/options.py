@@ -221,6 +221,12 @@ OPTIONS: dict[str, Option] = {
             _or_none(_real(open_low=True)),
             f"{_POSITIVE}, or None to switch softplus off",
         ),
+        Option(
+            "softplus_relative",
+            optional(parse_real),
+            _or_none(_real(open_low=True)),
+            f"{_POSITIVE}, or None for one softplus_beta whatever the tensor's size",
+        ),
         Option("centralize", parse_flag, _flag, _EITHER),
         Option("normalize", parse_flag, _flag, _EITHER),
         Option("centralize_rows_of_one", parse_flag, _flag, _EITHER),

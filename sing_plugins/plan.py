@@ -158,7 +158,7 @@ class Plan:
         hint_learning_rate(
             optimizer.defaults.get("lr"),
             self.named.host,
-            softplus=self.named.has_softplus(self.options),
+            is_damped=self.named.wants_more_lr(self.options),
             framework_default=self._framework_lr,
         )
         return optimizer

@@ -43,6 +43,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"centralize_rows_of_one": True, "decay_all": True, "lookahead_alpha": 0.3, "lookahead_k": 1},
     {"betas": (0.0, 0.0), "eps": 1e-3, "softplus_beta": None},
     {"softplus_beta": 5.0},
+    {"softplus_relative": 0.25},
 ]
 
 

@@ -321,12 +321,14 @@ SHAPES = [(8, 4), (5, 3), (3, 7), (1, 6), (6, 1), (2, 3, 5), (3, 2, 2, 2), (9,),
 HOSTS: list[dict[str, Any]] = [
     {"host": "adamw"},
     {"host": "adafactor", "momentum": 0.9, "capturable": True},
+    {"host": "adamw", "softplus_relative": 1.0},
 ]
 if "HARD" in os.environ:
     HOSTS += [
         {"host": "adamw", "softplus_beta": None, "centralize": False},
         {"host": "adamw", "normalize": False, "lookahead_k": None, "maximize": True},
         {"host": "adabelief"},
+        {"host": "adafactor", "softplus_relative": 1.0},
         {"host": "sgd", "nesterov": True},
         {"host": "adafactor"},
     ]

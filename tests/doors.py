@@ -223,6 +223,7 @@ NATIVE: Table = {
     "eps": numbers(1e-8, 1e-3, also_bad=(*ABOVE_ZERO, None)),
     "weight_decay": numbers(0.01, 0.5, 0, also_bad=(None,)),
     "softplus_beta": with_none(numbers(50, 0.5, also_bad=ABOVE_ZERO)),
+    "softplus_relative": with_none(numbers(1, 0.25, also_bad=ABOVE_ZERO)),
     "decay_all": flags(),
     "maximize": flags(),
     "capturable": flags(),
@@ -290,7 +291,8 @@ def table_of(host: str, *, model: bool = True) -> Table:
     return {"lr": FOREIGN_RATE, **decay, **FOREIGN[host], **WRAPPING, **grouping, "decay_all": flags()}
 
 
-NO_OPTION = {"sgd": ("softplus_beta",)}  # of the names, not of the constructor
+SOFTPLUS = ("softplus_beta", "softplus_relative")
+NO_OPTION = {"sgd": SOFTPLUS}  # of the names, not of the constructor
 
 
 @st.composite
@@ -311,7 +313,7 @@ def options_of(draw: st.DrawFn, host: str, *, door: str) -> dict[str, Case]:
         good = [case for case in cases if case.typed is not REFUSED]
         chosen[option] = draw(st.sampled_from(good if draw(st.integers(0, 3)) else cases))
     if not draw(st.integers(0, 5)):
-        foreign = sorted(set(SOMEHOST) - set(table)) if host in OF_HOST else ["softplus_beta", "kahan_sum"]
+        foreign = sorted(set(SOMEHOST) - set(table)) if host in OF_HOST else [*SOFTPLUS, "kahan_sum"]
         foreign += NO_OPTION.get(host, ()) if door != "typed" else ()
         unknown = draw(st.sampled_from([*foreign, *(t for t in TYPOS if t not in ("host",) or door != "typed")]))
         chosen[unknown] = Case(draw(st.sampled_from(["0.5", "true"] if door == "text" else [0.5, "0.5", True])))
@@ -348,7 +350,7 @@ def expect(host: str, options: dict[str, Case], *, door: str) -> Expected:
         if not known and native and option in SOMEHOST and typed is LEFT_OUT:
             continue
         if not known:
-            whose = "theirs" if door == "typed" and option not in (*SOMEHOST, "softplus_beta") else ours
+            whose = "theirs" if door == "typed" and option not in (*SOMEHOST, *SOFTPLUS) else ours
             expected.faults.append(Fault(option, option, whose))
         elif typed is REFUSED:
             expected.faults.append(Fault(option, case.given, ours))
@@ -361,8 +363,14 @@ def expect(host: str, options: dict[str, Case], *, door: str) -> Expected:
         expected.faults.append(Fault("foreach", given["foreach"]))
     if given.get("nesterov") and given.get("momentum", 0.9) == 0:
         expected.faults.append(Fault("nesterov", True))
-    if host == "sgd" and given.get("softplus_beta", 50) not in (None, 50):
+    relative = given.get("softplus_relative")
+    for option, idle in {"softplus_beta": (None, 50), "softplus_relative": (None,)}.items():
+        if host == "sgd" and given.get(option) not in (None, *idle):
+            expected.faults.append(Fault(option, given[option]))
+    if native and relative is not None and given.get("softplus_beta", 50) != 50:
         expected.faults.append(Fault("softplus_beta", given["softplus_beta"]))
+    if native and relative is not None and given.get("normalize") is False:
+        expected.faults.append(Fault("normalize", False))
     return expected
 
 

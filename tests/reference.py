@@ -46,6 +46,7 @@ class Reference:
     centralize: bool = True
     normalize: bool = True
     softplus_beta: float | None = 50.0
+    softplus_relative: float | None = None
     lookahead_k: int | None = 5
     lookahead_alpha: float = 0.5
     centralize_rows_of_one: bool = False
@@ -77,8 +78,13 @@ class Reference:
         self.state[key] = beta * self.state.get(key, torch.zeros_like(value)) + (1 - beta) * value
         return self.state[key]
 
-    def _safe(self, root: Tensor) -> Tensor:
-        return root + self.eps if self.softplus_beta is None else softplus(root, self.softplus_beta)
+    def _safe(self, root: Tensor, eps: float | None = None) -> Tensor:
+        if self.softplus_relative is not None:
+            size = math.sqrt(root.numel())
+            return softplus(size * root, self.softplus_relative) / size  # that of a gradient of root mean square 1
+        if self.softplus_beta is not None:
+            return softplus(root, self.softplus_beta)
+        return root + (self.eps if eps is None else eps)
 
     def _adamw(self, grad: Tensor, lr: float) -> Tensor:
         beta1, beta2 = self.betas
@@ -103,7 +109,7 @@ class Reference:
             column = self._average("exp_avg_sq_col", square.mean(-2), beta2)
             v_hat = (row / row.mean(-1, keepdim=True)).unsqueeze(-1) * column.unsqueeze(-2)
         root = v_hat.sqrt()
-        update = grad / (root if self.softplus_beta is None else softplus(root, self.softplus_beta))
+        update = grad / self._safe(root, eps=0.0)
         rms = update.square().mean().sqrt()
         update = update / torch.clamp(rms / self.clip_threshold, min=1.0)
         if self.momentum:

@@ -30,8 +30,20 @@ TYPES = {
 }
 CUDA_KERNELS = [
     ("statistics", {"chunk": accelerator.UNIT}),
-    ("factors", {"host": 0, "lr_is_there": False, "statistics_are_there": True, "normalize": True, "maximize": False}),
-    ("factors", {"host": 2, "lr_is_there": True, "statistics_are_there": False, "normalize": False, "maximize": True}),
+    (
+        "factors",
+        {
+            **{"host": 0, "lr_is_there": False, "statistics_are_there": True},
+            **{"relative": True, "normalize": True, "maximize": False},
+        },
+    ),
+    (
+        "factors",
+        {
+            **{"host": 2, "lr_is_there": True, "statistics_are_there": False},
+            **{"relative": False, "normalize": False, "maximize": True},
+        },
+    ),
     ("update", {"host": 0, "softplus": True, "merge": 2, "block": accelerator.BLOCK}),
     ("update", {"host": 1, "softplus": False, "merge": 0, "block": accelerator.BLOCK}),
     ("update", {"host": 4, "softplus": False, "merge": 1, "block": accelerator.BLOCK}),

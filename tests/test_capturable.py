@@ -17,6 +17,7 @@ HOST_OPTIONS: list[dict[str, Any]] = [
     *({"host": name} for name in HOSTS),
     {"host": "sgd", "nesterov": True},
     {"host": "adafactor", "momentum": 0.9},
+    {"host": "adamw", "softplus_relative": 1.0},
     {"host": "adamw", "softplus_beta": None},
 ]
 IMPLEMENTATIONS = ["auto", "foreach", "loop"]

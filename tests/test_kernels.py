@@ -89,14 +89,18 @@ SMALL = [name for name, (shape, _) in TAKEN.items() if torch.Size(shape).numel()
 
 
 @pytest.mark.parametrize(
-    ("host", "softplus_beta"),
-    [*((host, 50.0) for host in HOSTS), *((host, None) for host in HOSTS[:2])],
-    ids=lambda value: host_name(value) if isinstance(value, dict) else f"softplus {value}",
+    ("host", "softplus"),
+    [
+        *((host, {}) for host in HOSTS),
+        *((host, {"softplus_beta": None}) for host in HOSTS[:2]),
+        *((host, {"softplus_relative": 1.0}) for host in HOSTS[:2]),
+    ],
+    ids=host_name,
 )
 def test_a_hundred_steps_stay_within_the_stated_bounds_of_the_reference(
-    host: dict[str, Any], softplus_beta: float | None
+    host: dict[str, Any], softplus: dict[str, Any]
 ) -> None:
-    options = {**host, "softplus_beta": softplus_beta, "weight_decay": 0.1}
+    options = {**host, **softplus, "weight_decay": 0.1}
     params, plain = parameters(SMALL), parameters(SMALL)
     references = [Reference(param, **{"momentum": 0.9, **options}) for param in params]
     optimizer, foreach = SING(params, lr=1e-2, **options), SING(plain, lr=1e-2, foreach=True, **options)
@@ -121,7 +125,7 @@ def test_a_hundred_steps_stay_within_the_stated_bounds_of_the_reference(
                     atol = 1e-9 * expected.abs().max().item()
                     torch.testing.assert_close(state[key].double(), expected, rtol=3e-6, atol=atol)
             ours, theirs = error(param.detach(), reference.param), error(other.detach(), reference.param)
-            assert ours <= (2e-6 if softplus_beta else 5e-6), name
+            assert ours <= (5e-6 if softplus == {"softplus_beta": None} else 2e-6), name
             assert ours <= max(1.5 * theirs, 3e-7), name
 
 

@@ -70,6 +70,8 @@ def test_every_option_of_the_table_has_a_place_and_every_option_is_in_the_table(
 
 TYPED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sing", {"softplus_beta": "none", "lookahead_k": "5"}, {"softplus_beta": None, "lookahead_k": 5}),
+    ("sing", {"softplus_relative": "0.25"}, {"softplus_relative": 0.25}),
+    ("sing_adafactor", {"softplus_relative": "none"}, {"softplus_relative": None}),
     ("sing", {"centralize": "False", "normalize": "true"}, {"centralize": False, "normalize": True}),
     ("sing", {"betas": "0.9:0.98"}, {"betas": (0.9, 0.98)}),
     ("sing", {"betas": "(0.9, 0.98)"}, {"betas": (0.9, 0.98)}),
@@ -98,6 +100,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sing", {"lookahed_k": "5"}, "Unknown option 'lookahed_k' of sing. Valid: betas, .*lookahead_k"),
     ("sing", {"momentum": "0.9"}, "Unknown option 'momentum' of sing. Valid: "),
     ("sing_sgd", {"softplus_beta": "50"}, "Unknown option 'softplus_beta' of sing_sgd"),
+    ("sing_sgd", {"softplus_relative": "1"}, "Unknown option 'softplus_relative' of sing_sgd"),
     ("sing_sgd", {"betas": "0.9:0.9"}, "Unknown option 'betas' of sing_sgd"),
     (
         "sing_rmsprop",
@@ -127,6 +130,7 @@ def test_unknown_options_and_bad_values_raise_and_say_what_is_valid(
     [
         ({"lr": "-1"}, "Invalid lr: -1.0"),
         ({"softplus_beta": "-3"}, "Invalid softplus_beta: -3.0"),
+        ({"softplus_relative": "0"}, "Invalid softplus_relative: 0.0"),
         ({"name": "sing_sgd", "momentum": 0, "nesterov": "true"}, "Invalid nesterov"),
         ({"name": "sing_adam", "betas": "2:3"}, "Invalid beta parameter"),
         ({"typo": 1}, "Unknown option 'typo'"),
@@ -185,6 +189,7 @@ def test_learning_rate_of_the_paper_gets_no_hint(lr: float, caplog: pytest.LogCa
 
 def test_without_softplus_adamws_learning_rate_is_right(caplog: pytest.LogCaptureFixture) -> None:
     create_optimizer(model(), lr=1e-3, freeze="none", softplus_beta=None)
+    create_optimizer(model(), lr=1e-3, freeze="none", softplus_relative=1)
     assert "looks like" not in caplog.text
     for name, options in (("sing", {"softplus_beta": None}), ("sing_sgd", {}), ("sing_radam", {})):
         caplog.clear()
@@ -192,8 +197,8 @@ def test_without_softplus_adamws_learning_rate_is_right(caplog: pytest.LogCaptur
         assert "ten times" not in caplog.text
         Plan(resolve(name), {"lr": 5e-5, **options}, model(), framework_lr=5e-5).optimizer()
         host = {"sing": "adamw"}.get(name, name.removeprefix("sing_"))
-        advice = f"SING without softplus usually wants about the best lr of {host} alone."
-        assert f"lr=5e-05 is the framework's default. {advice}" in caplog.text
+        advice = "SING without softplus_beta, or with softplus_relative, usually wants about the best lr of"
+        assert f"lr=5e-05 is the framework's default. {advice} {host} alone." in caplog.text
 
 
 def test_public_names_are_importable_and_listed() -> None:

@@ -101,6 +101,10 @@ def test_every_host_and_switch_follows_the_reference(
     "option",
     [
         {"softplus_beta": 5.0},
+        {"softplus_relative": 0.065},
+        {"softplus_relative": 4.0, "centralize": False},
+        {"softplus_relative": 1.0, "host": "adabelief"},
+        {"softplus_relative": 1.0, "host": "adafactor", "clip_threshold": 0.5},
         {"lookahead_k": 3},
         {"lookahead_k": 1, "lookahead_alpha": 0.3},
         {"lookahead_alpha": 1.0},

@@ -200,6 +200,11 @@ def test_options_are_typed_strings(build: Build) -> None:
     assert {name: group[name] for name in expected} == expected
 
 
+def test_softplus_can_go_by_the_size_of_a_tensor(build: Build) -> None:
+    group = build("--sing-softplus-relative", "4").optimizer.param_groups[0]
+    assert (group["softplus_relative"], group["softplus_beta"]) == (4.0, 50.0)
+
+
 def test_options_of_a_wrapped_host(build: Build) -> None:
     given = words("--sing-host rmsprop --sing-alpha 0.9 --sing-centered yes --sing-lookahead-k 3")
     group = build(*given).optimizer.param_groups[0]
@@ -217,6 +222,7 @@ BAD = {
     "--sing-centralize maybe": "Invalid centralize: 'maybe' for sing. Accepted: True or False.",
     "--sing-betas 0.9": "Invalid betas: '0.9' for sing. Accepted: two numbers in [0, 1).",
     "--sing-momentum 0.9": "Unknown option 'momentum' of sing. Valid: betas, capturable, centralize",
+    "--sing-softplus-relative 0": "Invalid softplus_relative: 0.0 for sing. Accepted: a finite number > 0, or None",
     "--sing-host sgd --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_sgd.",
     "--sing-host radam --sing-softplus-beta 50": "Unknown option 'softplus_beta' of sing_radam. sing_radam is",
     "--sing-host nag --sing-momentum much": "Invalid momentum: 'much' for sing_nag. Accepted: a number in [0, 1)",

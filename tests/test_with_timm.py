@@ -533,11 +533,12 @@ def test_train_py_with_options() -> None:
         model,
         *("--opt", "sing_adamw", "--lr", "0.02", "--weight-decay", "0.005", "--layer-decay", "0.7"),
         *("--opt-betas", "0.9", "0.98", "--opt-eps", "1e-7"),
-        *("--opt-kwargs", "lookahead_k=none", "freeze=none", "softplus_beta=20", "centralize=False", "normalize=true"),
+        *("--opt-kwargs", "lookahead_k=none", "freeze=none", "softplus_relative=4"),
+        *("centralize=False", "normalize=true"),
     )
     assert type(optimizer) is SING
-    got = {key: optimizer.defaults[key] for key in ("lookahead_k", "softplus_beta", "centralize", "normalize", "eps")}
-    assert got == {"lookahead_k": None, "softplus_beta": 20.0, "centralize": False, "normalize": True, "eps": 1e-7}
+    expected = {"lookahead_k": None, "softplus_relative": 4.0, "centralize": False, "normalize": True, "eps": 1e-7}
+    assert {key: optimizer.defaults[key] for key in expected} == expected
     assert optimizer.defaults["betas"] == (0.9, 0.98)
     assert optimizer.defaults["lr"] == 0.02
     assert set(named_rates(model, optimizer)) == {name for name, _ in model.named_parameters()}  # nothing frozen

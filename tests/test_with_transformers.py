@@ -353,6 +353,7 @@ def test_a_host_whose_package_is_missing_says_so_as_trainers_own_name_does(tmp_p
 
 OPTIM_ARGS = [
     ("sing_adamw", "softplus_beta=none,lookahead_k=3", {"softplus_beta": None, "lookahead_k": 3}),
+    ("sing_adamw", "softplus_relative=4", {"softplus_relative": 4.0}),
     ("sing_adamw", "centralize=False, normalize=false", {"centralize": False, "normalize": False}),
     ("sing_adamw", "betas=0.9:0.98", {"betas": (0.9, 0.98)}),
     ("sing_adamw", "betas=(0.9, 0.98),eps=1e-5", {"betas": (0.9, 0.98), "eps": 1e-5}),

@@ -20,7 +20,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group, t
     torch._foreach_mul_(exp_avg_vars, beta2)
     torch._foreach_addcmul_(exp_avg_vars, residuals, residuals, value=1 - beta2)
     torch._foreach_add_(exp_avg_vars, group["eps"])  # the algorithm keeps this eps in its state
-    move(params, exp_avgs, exp_avg_vars, states, group)
+    move(params, exp_avgs, exp_avg_vars, states, group, totals.shapes)
 
 
 HOST = Host("adabelief", {"betas": (0.9, 0.999)}, init_state, update)

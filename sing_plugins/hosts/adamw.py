@@ -18,7 +18,7 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group, t
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    move(params, exp_avgs, exp_avg_sqs, states, group)
+    move(params, exp_avgs, exp_avg_sqs, states, group, totals.shapes)
 
 
 HOST = Host("adamw", {"betas": (0.9, 0.999)}, init_state, update)

@@ -83,7 +83,14 @@ def column(states: Sequence[State], key: str) -> Tensors:
     return [state[key] for state in states]
 
 
-def move(params: Tensors, first_moments: Tensors, second_moments: Tensors, states: list[State], group: Group) -> None:
+def move(
+    params: Tensors,
+    first_moments: Tensors,
+    second_moments: Tensors,
+    states: list[State],
+    group: Group,
+    shapes: Sequence[torch.Size],
+) -> None:
     """``p ← p - lr · m̂ / √v̂``, with a denominator that is safe to divide by (:func:`calibrate`)."""
     beta1, beta2 = group["betas"]
     steps = torch.stack(column(states, "step"))
@@ -92,30 +99,43 @@ def move(params: Tensors, first_moments: Tensors, second_moments: Tensors, state
     if group["capturable"]:
         counts = steps.to(widest(steps.device))
         torch._foreach_mul_(roots, list((1 - beta2**counts).rsqrt().unbind()))
-        denoms = calibrate(roots, group)
+        denoms = calibrate(roots, group, shapes)
         torch._foreach_mul_(denoms, list(((beta1**counts - 1) / group["lr"]).unbind()))
         torch._foreach_addcdiv_(params, first_moments, denoms)
         return
     taken = steps.tolist()  # one look at all counters
     torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in taken])
     sizes = [-group["lr"] / (1 - beta1**step) for step in taken]
-    torch._foreach_addcdiv_(params, first_moments, calibrate(roots, group), sizes)
+    torch._foreach_addcdiv_(params, first_moments, calibrate(roots, group, shapes), sizes)
 
 
-def calibrate(roots: Tensors, group: Group) -> Tensors:
+def sharpness(group: Group, shapes: Sequence[torch.Size]) -> list[float] | None:
+    """The β of each tensor's softplus; None where softplus is off.
+
+    Args:
+        group: the options.
+        shapes: of the whole tensors. With ``softplus_relative``, β is that times the root of the number of entries.
+    """
+    relative, beta = group["softplus_relative"], group["softplus_beta"]
+    if relative is not None:
+        return [relative * shape.numel() ** 0.5 for shape in shapes]
+    return None if beta is None else [beta] * len(shapes)
+
+
+def calibrate(roots: Tensors, group: Group, shapes: Sequence[torch.Size]) -> Tensors:
     """Softplus calibration ``ln(1 + e^(βx)) / β`` of non-negative ``x`` (paper section 3.1, Tong et al. 2022).
 
     Without softplus, ``eps`` is added instead. Changes ``roots``. Written as ``x + ln(1 + e^(-βx)) / β``, which
     cannot overflow and has no threshold beyond which it would be replaced by ``x``.
     """
-    beta = group["softplus_beta"]
-    if beta is None:
+    betas = sharpness(group, shapes)
+    if betas is None:
         torch._foreach_add_(roots, group["eps"])
         return roots
-    calibrated = torch._foreach_mul(roots, -beta)
+    calibrated = torch._foreach_mul(roots, [-beta for beta in betas])
     torch._foreach_exp_(calibrated)
     torch._foreach_add_(calibrated, 1.0)
     torch._foreach_log_(calibrated)  # log1p takes six times as long on the CPU, and what it saves is lost next to x
-    torch._foreach_div_(calibrated, beta)
+    torch._foreach_div_(calibrated, betas)
     torch._foreach_add_(calibrated, roots)
     return list(calibrated)

@@ -48,7 +48,7 @@ typedef struct {
 
 typedef struct {
   double lr, weight_decay, eps, beta1, beta2, softplus_beta, momentum, alpha;
-  int64_t host, softplus, normalize, maximize, merge;
+  int64_t host, softplus, relative, normalize, maximize, merge; /* relative: beta is for a tensor of one entry */
 } Options;
 
 typedef struct {
@@ -283,7 +283,7 @@ COMPILE(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,fma,prefer-vect
 #endif
 
 /* To be compared with cpu.py's, which may have changed since this was compiled. */
-EXPORT int64_t sing_abi(void) { return 2; }
+EXPORT int64_t sing_abi(void) { return 3; }
 
 #ifdef _WIN32
 EXPORT void *PyInit__cpu(void) { return 0; } /* which the linker is told to look for there */
@@ -352,6 +352,7 @@ static Factors factors(const Tensor *t, const Options *o, double squares) {
   if (o->host == ADAMW || o->host == ADABELIEF) {
     int64_t step = (int64_t)*t->step + 1;
     double beta = o->softplus ? o->softplus_beta : 1; /* beta and the change's 1/beta leave the loop */
+    if (o->relative) beta *= SQRT((double)(t->rows * t->columns));
     f.mix1 = (float)(1 - o->beta1);
     f.beta2 = (float)o->beta2;
     f.mix2 = (float)(1 - o->beta2);

@@ -168,6 +168,7 @@ def factors(
     host: tl.constexpr,
     lr_is_there: tl.constexpr,
     statistics_are_there: tl.constexpr,
+    relative: tl.constexpr,
     normalize: tl.constexpr,
     maximize: tl.constexpr,
 ):
@@ -231,8 +232,11 @@ def factors(
         if (host == _ADAMW) | (host == _ADABELIEF):
             step = count.to(tl.int32)
             # The softplus's beta and the change's 1/beta leave the loop.
-            root = softplus_beta / tl.sqrt(1.0 - _power(zero + beta2 + beta2_rest, step))
-            size = softplus_beta * rate / (1.0 - _power(zero + beta1 + beta1_rest, step))
+            beta = zero + softplus_beta
+            if relative:
+                beta *= tl.sqrt((tl.load(mine + _ROWS) * tl.load(mine + _COLUMNS)).to(tl.float64))
+            root = beta / tl.sqrt(1.0 - _power(zero + beta2 + beta2_rest, step))
+            size = beta * rate / (1.0 - _power(zero + beta1 + beta1_rest, step))
         tl.store(out + _ROOT, root.to(tl.float32))
         tl.store(out + _SIZE, size.to(tl.float32))
         tl.store(out + _KEEP, keep.to(tl.float32))

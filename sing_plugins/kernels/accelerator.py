@@ -106,6 +106,7 @@ class _Options(NamedTuple):
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.0, 0.0)
     softplus_beta: float | None = None
+    relative: bool = False
     momentum: float = 0.0
     maximize: bool = False
     alpha: float = 0.0
@@ -137,7 +138,7 @@ class Kernel:
             group: the options. A learning rate that is a tensor on the device is read there.
             merge: whether Lookahead is due; where that is a tensor, the kernel looks at it.
         """
-        host, softplus_beta = rule(group)
+        host, softplus_beta, relative = rule(group)
         options = _Options(
             centralize=group["centralize"],
             normalize=group["normalize"],
@@ -147,6 +148,7 @@ class Kernel:
             weight_decay=group["weight_decay"],
             betas=group.get("betas", (0.0, 0.0)),
             softplus_beta=softplus_beta,
+            relative=relative,
             momentum=group.get("momentum", 0.0),
             maximize=group["maximize"],
             alpha=group["lookahead_alpha"],
@@ -209,6 +211,7 @@ class Kernel:
             host=options.host,
             lr_is_there=lr_is_there,
             statistics_are_there=has_statistics,
+            relative=options.relative,
             normalize=options.normalize,
             maximize=options.maximize,
         )

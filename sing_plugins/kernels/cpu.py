@@ -24,7 +24,7 @@ from sing_plugins.lookahead import SLOW
 from sing_plugins.standardize import has_centre
 
 IS_DEFAULT = True
-ABI = 2  # _cpu.c's sing_abi
+ABI = 3  # _cpu.c's sing_abi
 _ADDRESSES = ("param", "first", "second", "slow", "step", "grad")
 _FIELDS = (*_ADDRESSES, "rows", "columns", "centred", "decays", "row")
 _UNIT = ("tensor", "begin", "end", "first", "last")
@@ -41,7 +41,7 @@ _PLAIN = (Tensor, nn.Parameter)  # a subclass may keep its entries elsewhere
 
 class _Options(ctypes.Structure):
     _REALS = ("lr", "weight_decay", "eps", "beta1", "beta2", "softplus_beta", "momentum", "alpha")
-    _WHOLE = ("host", "softplus", "normalize", "maximize", "merge")
+    _WHOLE = ("host", "softplus", "relative", "normalize", "maximize", "merge")
     _fields_ = [(name, ctypes.c_double) for name in _REALS] + [(name, ctypes.c_int64) for name in _WHOLE]
 
 
@@ -198,16 +198,21 @@ def moments(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group.get("momentum") else HOSTS[group["host"]][1]
 
 
-def rule(group: dict[str, Any]) -> tuple[int, float | None]:
-    """The number of a group's update rule in ``_cpu.c``, and the sharpness of its softplus; None without."""
-    number = HOSTS[group["host"]][0]
+def rule(group: dict[str, Any]) -> tuple[int, float | None, bool]:
+    """The number of a group's update rule in ``_cpu.c``, the sharpness of its softplus, and whether that is relative.
+
+    Without softplus, the sharpness is None. A relative one is to be multiplied by the root of a tensor's size.
+    """
+    number, relative = HOSTS[group["host"]][0], group["softplus_relative"]
     if group.get("momentum"):
-        return (_SGD_NESTEROV if group["nesterov"] else _SGD_MOMENTUM), None
-    return number, group["softplus_beta"] if number in (HOSTS["adamw"][0], HOSTS["adabelief"][0]) else None
+        return (_SGD_NESTEROV if group["nesterov"] else _SGD_MOMENTUM), None, False
+    if number not in (HOSTS["adamw"][0], HOSTS["adabelief"][0]):
+        return number, None, False
+    return (number, group["softplus_beta"], False) if relative is None else (number, relative, True)
 
 
 def _options(group: dict[str, Any], merge: bool) -> _Options:
-    host, beta = rule(group)
+    host, beta, relative = rule(group)
     beta1, beta2 = group.get("betas", (0.0, 0.0))
     return _Options(
         lr=float(group["lr"]),
@@ -220,6 +225,7 @@ def _options(group: dict[str, Any], merge: bool) -> _Options:
         alpha=group["lookahead_alpha"],
         host=host,
         softplus=beta is not None,
+        relative=relative,
         normalize=group["normalize"],
         maximize=group["maximize"],
         merge=merge,
