@@ -42,6 +42,7 @@ class Training:
         threads: of torch on the CPU, for each process; 0 leaves it to torch.
         workers: processes that load data.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        weights: ``"float32"`` or ``"bfloat16"``, in which the weights are kept.
         evaluate_every: epochs between two evaluations on the validation set; the last is always evaluated.
     """
 
@@ -52,11 +53,14 @@ class Training:
     threads: int = 0
     workers: int = 0
     precision: str = "no"
+    weights: str = "float32"
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Invalid train.schedule: {self.schedule!r}. Accepted: {', '.join(SCHEDULES)}.")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"Invalid train.weights: {self.weights!r}. Accepted: {', '.join(WEIGHTS)}.")
 
 
 class Tensors(Dataset[Any]):
@@ -82,6 +86,8 @@ class Tensors(Dataset[Any]):
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
+
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # schedule -> share of the learning rate at the share of steps since the warm-up
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -186,7 +192,7 @@ def fit(
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
     )
     set_seed(seed)
-    model = build()
+    model = build().to(WEIGHTS[training.weights])
     optimizer = create_optimizer(model, run.settings.optimizer)
     used = class_name(optimizer)
     model, optimizer, loader = accelerator.prepare(model, optimizer, _loader(train_set, training, shuffle=True))
