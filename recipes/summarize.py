@@ -79,7 +79,11 @@ def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path |
         for kind, value, points in lines:
             file = place / f"{kind}-{number}.svg"
             figures.draw_curves(found, layout["rows"], value, file, points)
-            drawn.append((file, f"{layout['title']}: {value}, one line a seed"))
+            drawn.append((file, f"{layout['title']}: {value}, mean and range over the seeds"))
+        if module.HIGHER_IS_BETTER:
+            file = place / f"basins-{number}.svg"
+            figures.draw_basins(found, layout["rows"], module.METRIC, file)
+            drawn.append((file, f"{layout['title']}: validation {module.METRIC} over the learning rate"))
     if made:
         figures.draw_maps(
             found, list(found), module.METRIC, place / "tuning.svg", higher_is_better=module.HIGHER_IS_BETTER

@@ -95,13 +95,52 @@ def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> No
 def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
     found = tables.runs("rde", "small")
     points = figures.evaluations("valid accuracy")
-    (last_step, last), seeds = points(found["adamw"].chosen[0])[-1], len(found["adamw"].chosen)
+    last_step, last = points(found["adamw"].chosen[0])[-1]
     assert (last_step, last) == (3750, found["adamw"].metric("valid", "accuracy")[0])
-    figures.draw_curves(found, ["adamw", "missing"], "valid accuracy", tmp_path / "drawn.svg", points)
+    figures.draw_curves(found, ["adamw", "missing", "muon"], "valid accuracy", tmp_path / "drawn.svg", points)
     drawn = (tmp_path / "drawn.svg").read_text()
     assert "valid accuracy" in drawn
-    in_the_legend = 1
-    assert len(re.findall("stroke: #1f77b4; .*stroke-width: 0.9", drawn)) == seeds + in_the_legend
+    for label, color in {"adamw": "#1f77b4", "muon": "#ff7f0e"}.items():
+        assert len(re.findall(f"stroke: {color}; .*stroke-width: 1.2", drawn)) == 1  # the mean
+        assert re.search(f"fill: {color}[^>]*>{label}<", drawn)  # its name, at its end
+    assert "missing" not in drawn
+
+
+def test_a_band_is_of_the_seeds_that_got_so_far() -> None:
+    seeds = [[(1, 1.0), (2, 4.0), (3, 4.0)], [(1, 3.0), (2, 2.0)]]
+    assert figures.band(seeds) == ([1, 2, 3], [1, 2, 4], [2, 3, 4], [3, 4, 4])
+    smoothed = [[(step, value) for step, value in enumerate((0.0, 3.0, 0.0, 3.0))]]
+    assert figures.band(smoothed, window=3)[2] == [1.5, 1, 2, 1.5]
+    assert figures.band([]) == figures.band([[]]) == ([], [], [], [])
+
+
+def test_names_at_the_ends_of_lines_keep_their_order_and_a_distance() -> None:
+    assert figures.apart([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    moved = figures.apart([0.1, 0.5, 0.5, 0.51], 0.1)
+    assert moved[0] == 0.1
+    assert moved[1:] == pytest.approx([0.405, 0.505, 0.605])
+
+
+def runs_with(rates: dict[float, float]) -> tables.Runs:
+    """Tuning runs of RDE with one weight decay and these validation accuracies by learning rate."""
+    settings = config.load("rde", "small", "adamw")
+    decay = settings.optimizer["weight_decay"]
+    records = [
+        {
+            **settings.at(lr, decay, 0).as_json(),
+            "metrics": {"valid accuracy": accuracy},
+        }
+        for lr, accuracy in rates.items()
+    ]
+    return tables.Runs(settings, records)
+
+
+def test_the_basin_is_what_is_within_five_percent_of_the_best() -> None:
+    low, high, is_open = runs_with({1e-3: 0.4, 1e-2: 0.8, 1e-1: 0.4}).basin or (0, 0, True)
+    assert (low, high) == pytest.approx((1e-2 * 10**-0.1, 1e-2 * 10**0.1))  # 0.04 below the top is a tenth of the way
+    assert not is_open
+    assert runs_with({1e-3: 0.79, 1e-2: 0.8, 1e-1: 0.0}).basin == pytest.approx((1e-3, 1e-2 * 10**0.05, True))
+    assert runs_with({1e-3: 0.79}).basin is None
 
 
 def test_what_the_paper_reports_is_the_configurations_own() -> None:

@@ -1,4 +1,4 @@
-"""The figures that every task has: training curves, and the tuning as a map of learning rate and weight decay.
+"""The figures that every task has: training curves, the metric over the learning rate, and the tuning as a map.
 
 They are SVG files, the same to the byte for the same records and the same version of matplotlib.
 """
@@ -6,7 +6,8 @@ They are SVG files, the same to the byte for the same records and the same versi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -29,6 +31,11 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 MAPS_A_ROW = 4
+BASINS_A_ROW = 4
+FAR = 4.0  # times the lowest final loss: above the figure
+SMOOTHED = 9  # points of a training curve that are averaged
+BEGINNING = 0.05  # of a training, in which the loss falls from wherever the weights began
+LABEL_HEIGHT = 0.045  # of the height of a figure
 
 Points = list[tuple[float, float]]
 Lines = Callable[[Record], Points]
@@ -40,11 +47,12 @@ def save(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes, each ``width`` by ``height`` inches."""
+def grid(count: int, columns: int, width: float, height: float, *, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes, each ``width`` by ``height`` inches, all of one scale if they ``share`` it."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=share, sharey=share)
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.set_axis_off()
@@ -52,31 +60,153 @@ def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure,
 
 
 def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, file: Path, points: Lines) -> None:
-    """A value over the steps, for each optimizer at its best learning rate and weight decay; one line a seed.
+    """A value over the steps, for each optimizer at its best learning rate and weight decay.
+
+    The mean over the seeds, in a band from the lowest to the highest of them. The training loss is averaged over
+    neighbouring points, has a logarithmic scale if it is never below zero, and a triangle where a seed's spiked.
 
     Args:
         found: as recipes.machinery.tables.runs returns it.
         labels: of the optimizers.
-        name: of the value; the training loss has a logarithmic scale if it is never below zero.
+        name: of the value.
         file: to be written.
         points: the steps and values of a record.
     """
+    is_loss = name == "training loss"
     lines = {label: [points(made) for made in found[label].chosen] for label in labels if label in found}
+    values = [value for seeds in lines.values() for seed in seeds for _, value in seed]
     with plt.rc_context(STYLE):
-        figure, (axes,) = grid(1, 1, 7.0, 3.6)
-        for index, (label, seeds) in enumerate(lines.items()):
-            for number, seed in enumerate(seeds):
-                steps, values = zip(*seed, strict=True) if seed else ((), ())
-                style: dict[str, Any] = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
-                axes.plot(steps, values, linewidth=0.9, alpha=0.8, label="" if number else label, **style)
-        if name == "training loss" and all(
-            value > 0 for seeds in lines.values() for seed in seeds for _, value in seed
-        ):
+        figure, (axes,) = grid(1, 1, 7.0, 4.0)
+        ends: dict[str, tuple[float, float]] = {}
+        tops: dict[str, float] = {}
+        for style, (label, seeds) in zip(_styles(), lines.items(), strict=False):
+            steps, low, mean, high = band(seeds, window=SMOOTHED if is_loss else 1)
+            if not steps:
+                continue
+            axes.fill_between(steps, low, high, alpha=0.15, linewidth=0, color=style["color"])
+            axes.plot(steps, mean, linewidth=1.2, **style)
+            spikes = [step for made in found[label].chosen for step in made["spikes"]] if is_loss else []
+            axes.plot(spikes, np.interp(spikes, steps, mean), "^", markersize=4, color=style["color"], alpha=0.7)
+            ends[label] = steps[-1], mean[-1]
+            tops[label] = max(value for step, value in zip(steps, high, strict=True) if step >= BEGINNING * steps[-1])
+        if is_loss and values and min(values) > 0:
             axes.set_yscale("log")
+            # Where all begin alike, and where one does not learn, there is little to be seen.
+            axes.set_ylim(
+                top=max(
+                    top
+                    for label, top in tops.items()
+                    if ends[label][1] <= FAR * min(ends.values(), key=lambda end: end[1])[1]
+                )
+            )
         axes.set_xlabel("step")
         axes.set_ylabel(name)
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        label_ends(axes, ends)
         save(figure, file)
+
+
+def band(seeds: Sequence[Points], window: int = 1) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps; lowest value, mean and highest value over the seeds that got so far.
+
+    Args:
+        seeds: steps and values of each, at the same steps; a run that diverged ends before the others.
+        window: how many neighbouring points of a seed are averaged.
+    """
+    longest = max(seeds, key=len, default=[])
+    steps = [float(step) for step, _ in longest]
+    if not steps:
+        return [], [], [], []
+    rows = np.full((len(seeds), len(steps)), np.nan)
+    for row, seed in zip(rows, seeds, strict=True):
+        row[: len(seed)] = _smoothed([value for _, value in seed], window)
+    return steps, np.nanmin(rows, 0).tolist(), np.nanmean(rows, 0).tolist(), np.nanmax(rows, 0).tolist()
+
+
+def _smoothed(values: Sequence[float], window: int) -> list[float]:
+    half = window // 2
+    return [float(np.mean(values[max(0, at - half) : at + half + 1])) for at in range(len(values))]
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Ten colours, then the same with dashes."""
+    return ({"color": f"C{at % 10}", "linestyle": dash} for dash in ("-", "--") for at in range(10))
+
+
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Write the name of each line at its end, from top to bottom in the order of the ends, none over another.
+
+    Args:
+        axes: whose lines have been drawn in the order of ``ends``.
+        ends: by name, the last point of the line.
+    """
+    styles = dict(zip(ends, _styles(), strict=False))
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # limits are final after it
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = {label: min(1.0, float(to_axes.transform(end)[1])) for label, end in ends.items()}
+    order = sorted(heights, key=heights.__getitem__)
+    places = apart([heights[label] for label in order], LABEL_HEIGHT)
+    for label, place in zip(order, places, strict=True):
+        color, last = styles[label]["color"], float(to_axes.transform(ends[label])[0])
+        axes.annotate(
+            label,
+            xy=(last, heights[label]),
+            xytext=(1.02, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=color,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def apart(heights: Sequence[float], distance: float) -> list[float]:
+    """Ascending heights, moved as far as they have to be for no two of them to be nearer than ``distance``."""
+    upwards = list(accumulate(heights, lambda below, height: max(height, below + distance)))
+    downwards = list(accumulate(heights[::-1], lambda above, height: min(height, above - distance)))[::-1]
+    return [(up + down) / 2 for up, down in zip(upwards, downwards, strict=True)]
+
+
+def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, file: Path) -> None:
+    """The validation metric over the learning rate, at the weight decay at which rates were compared.
+
+    Axes for each optimizer, with the lines of the others in grey: lines through the tuning runs (seed 0), dots where
+    other seeds were run there. The range that is within 5 % of the best is shaded.
+    """
+    shown = {label: found[label] for label in labels if label in found and len(found[label].rates) > 1}
+    scale = TO_PERCENT.get(metric, 1)
+    lines = {
+        label: [(lr, value * scale) for lr, value in sorted(mine.rates.items()) if math.isfinite(value)]
+        for label, mine in shown.items()
+    }
+    with plt.rc_context(STYLE):
+        figure, every = grid(len(shown), BASINS_A_ROW, 2.2, 1.9, share=True)
+        for axes, (label, mine) in zip(every, shown.items(), strict=True):
+            axes.set_xscale("log")
+            for line in lines.values():
+                axes.plot(*_columns(line), color="0.85", linewidth=0.8)
+            dots = [(lr, value * scale) for lr, value in mine.other_seeds if math.isfinite(value)]
+            axes.plot(*_columns(dots), "o", markersize=2.5, alpha=0.5, color="C0")
+            axes.plot(*_columns(lines[label]), marker="o", markersize=2.5, linewidth=1.3, color="C0")
+            if mine.basin is not None:
+                axes.axvspan(mine.basin.low, mine.basin.high, color="C0", alpha=0.12, linewidth=0)
+            axes.set_title(label, fontsize=8)
+        figure.supxlabel("learning rate", fontsize=9)
+        figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
+        figure.tight_layout()
+        save(figure, file)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def training_loss(made: Record) -> Points:

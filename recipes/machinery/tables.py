@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.machinery import config, record
 from recipes.machinery.config import Settings
 from recipes.machinery.search import Point, best, score
 
 SEEDS = 3  # that a comparison needs
+BASIN_SHARE = 0.95  # the same, for a learning rate that is as good as the best
 STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
 SING, NO_SOFTPLUS = ("sing_adamw", "sing"), "sing_no_softplus"  # labels, the first of whatever the task calls it
 TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
 
 Record = Mapping[str, Any]
+
+
+class Basin(NamedTuple):
+    """A range of good learning rates; whether it goes on beyond what was tried."""
+
+    low: float
+    high: float
+    is_open: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,32 @@ class Runs:
         top = max(self.scores.values())
         return max((lr for lr, value in self.rates.items() if value >= STABLE_SHARE * top > 0), default=None)
 
+    @property
+    def other_seeds(self) -> list[tuple[float, float]]:
+        """Learning rate and score of the runs at that weight decay that are not the tuning's."""
+        first = self.settings.optimizer["weight_decay"]
+        return [
+            (lr, score(made)) for made in self.records if made["seed"] for lr, decay in [_point(made)] if decay == first
+        ]
+
+    @property
+    def basin(self) -> Basin | None:
+        """The learning rates with at least 95 % of the best validation metric among :attr:`rates`.
+
+        That is read off straight lines between them over the logarithm of the rate; for metrics of which higher is
+        better. None where fewer than two were tried.
+        """
+        rates = sorted(self.rates)
+        top = max(self.rates.values(), default=-math.inf)
+        if len(rates) < 2 or not top > 0:
+            return None
+        good = BASIN_SHARE * top
+        values = [max(self.rates[lr], 0.0) for lr in rates]
+        peak = values.index(top)
+        low = _crossing(rates[peak::-1], values[peak::-1], good)
+        high = _crossing(rates[peak:], values[peak:], good)
+        return Basin(low, high, is_open=low == rates[0] or high == rates[-1])
+
     def metric(self, split: str, name: str) -> list[float]:
         """Of the chosen runs, by seed; those that diverged have none."""
         return [made["metrics"][f"{split} {name}"] for made in self.chosen if made["metrics"]]
@@ -91,6 +128,14 @@ def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
     return found
 
 
+def _crossing(rates: Sequence[float], values: Sequence[float], good: float) -> float:
+    """Where, going from the first rate on, the value falls below what is good; else the last rate."""
+    for (lr, value), (further, lower) in pairwise(zip(rates, values, strict=True)):
+        if lower < good:
+            return float(lr * (further / lr) ** ((value - good) / (value - lower)))
+    return rates[-1]
+
+
 def _point(made: Record) -> Point:
     return made["optimizer"]["lr"], made["optimizer"]["weight_decay"]
 
@@ -112,7 +157,7 @@ def verdict(one: Sequence[float], other: Sequence[float], *, higher_is_better: b
 
 HEADER = (
     *("optimizer", "lr", "weight decay", "valid, seed 0", "test: mean (range)", "against"),
-    *("spikes a run", "highest stable lr", "runs", "s a run", "paper"),
+    *("spikes a run", "lr within 5 %", "highest stable lr", "runs", "s a run", "paper"),
 )
 
 
@@ -142,7 +187,7 @@ def table(
         mine = found[label]
         tests = mine.metric("test", metric)
         compared = found[against].metric("test", metric) if against in found and against != label else ()
-        stable = mine.highest_stable_rate if higher else None
+        stable, basin = (mine.highest_stable_rate, mine.basin) if higher else (None, None)
         diverged = sum(not made["metrics"] for made in mine.records)
         rows.append(
             [
@@ -154,6 +199,7 @@ def table(
                 *([_values(mine.metric("test", also), also)] if also else []),
                 "" if against == label else verdict(tests, compared, higher_is_better=higher),
                 f"{statistics.fmean(len(made['spikes']) for made in mine.chosen):.1f}",
+                "–" if basin is None else "≥ " * basin.is_open + f"× {basin.high / basin.low:.1f}",
                 "–" if stable is None else "≥ " * (stable == max(mine.rates)) + f"{stable:g}",
                 f"{len(mine.records)}" + f", {diverged} diverged" * (diverged > 0),
                 f"{statistics.fmean(made['seconds'] for made in mine.chosen):.0f}",
