@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from numpy.testing import assert_array_equal
 from torch import nn
 
@@ -174,6 +176,15 @@ def test_what_a_configuration_does_not_have_raises_and_lists_what_it_has(argumen
         config.load(*arguments)
 
 
+def test_a_configuration_takes_the_tables_of_its_base_that_are_not_of_single_optimizers() -> None:
+    small, bf16 = config.read("rde", "small"), config.read("rde", "bf16")
+    assert bf16["train"] == {**small["train"], "precision": "bf16", "weights": "bfloat16"}
+    assert (bf16["data"], bf16["model"]) == (small["data"], small["model"])
+    assert list(bf16["optimizers"]) == ["float32", "bfloat16", "bfloat16_kahan"]
+    assert config.load("rde", "bf16", "float32")["train"]["weights"] == "float32"
+    assert "base" not in bf16
+
+
 # Records
 
 
@@ -185,6 +196,7 @@ def test_curve_keeps_means_and_counts_the_beginnings_of_spikes() -> None:
     for step, loss in enumerate(losses, 1):
         curve.step(step, len(losses), loss)
     assert curve.spikes == [101, 501, 901]
+    assert curve.recoveries == [3 + (losses[103] > 1), *(1 + (losses[at] > 1) for at in (501, 901))]
     assert len(curve.points) == record.POINTS
     assert curve.points[0] == pytest.approx([5, np.mean(losses[:5])], rel=1e-5)
     assert curve.points[-1][0] == 1000
@@ -475,7 +487,7 @@ def test_vit_puts_every_patch_in_its_place() -> None:
     assert torch.equal(model(picture), picture)
 
 
-@pytest.mark.parametrize("name", ["paper", "small"])
+@pytest.mark.parametrize("name", ["paper", "small", "bf16"])
 def test_every_optimizer_of_rde_is_built_and_steps(name: str) -> None:
     for label in config.labels("rde", name):
         table = config.load("rde", name, label).optimizer
@@ -484,12 +496,13 @@ def test_every_optimizer_of_rde_is_built_and_steps(name: str) -> None:
         before = [parameter.clone() for parameter in model.parameters()]
         optimizer = vision.create_optimizer(model, table)
         assert record.class_name(optimizer).startswith("sing_plugins.") == table["opt"].startswith("sing_"), label
-        assert all(parameter.requires_grad for parameter in model.parameters()), label
+        frozen = [not parameter.requires_grad for parameter in model.parameters()]
+        assert frozen == [False, False, *[label.endswith("_freeze")] * 2, False, False], label
         for _ in range(2):
             optimizer.zero_grad()
             model(torch.randn(8, 4)).square().mean().backward()
             optimizer.step()
-        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)), label
+        assert [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)] == frozen, label
         assert optimizer.param_groups[0]["lr"] == table["lr"], label
 
 
@@ -499,6 +512,38 @@ def test_paper_configuration_of_rde_trains(tmp_path: Path) -> None:
     assert made["status"] == "finished"
     assert made["model"]["name"] == "vit_small_patch16_224"
     assert np.shape(made["panels"]["prediction"]) == (4, 128, 128)
+
+
+def test_norms_of_gradients_are_told_where_that_is_asked_for(tmp_path: Path) -> None:
+    short = ("train.epochs=2", "train.batch_size=8", "data.train=16", "data.valid=4", "data.test=4")
+    file = tmp_path / "telling.toml"
+    frozen = '[optimizers.sing_freeze]\nopt = "sing_adamw"\noptions = { freeze = "layernorm" }\n'
+    file.write_text('base = "small"\n[train]\ngradients = true\n[optimizers.adamw]\n' + frozen)
+    told = {}
+    for label in ("adamw", "sing_freeze"):
+        (made,) = start(tmp_path / label, "rde", str(file), "--optimizer", label, *changes(*short))
+        told[label] = made["gradients"]
+        assert [step for step, *_ in told[label]] == [step for step, _ in made["curve"]]
+    assert all(whole > of_norms > 0 for _, whole, of_norms in told["adamw"])
+    assert all(whole > of_norms == 0 for _, whole, of_norms in told["sing_freeze"])
+
+
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Accelerate keeps that of the first Accelerator of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_weights_can_be_kept_in_bfloat16(tmp_path: Path, another_precision: None) -> None:
+    short = ("train.epochs=1", "train.batch_size=8", "data.train=16", "data.valid=4", "data.test=4")
+    for label in config.labels("rde", "bf16"):
+        (made,) = start(tmp_path / label, "rde", "bf16", "--optimizer", label, *changes(*short))
+        assert made["status"] == "finished"
+    settings = config.load("rde", "small")
+    with pytest.raises(ValueError, match=r"Invalid train\.weights: 'half'\. Accepted: float32, bfloat16\."):
+        vision.Training(**{**settings["train"], "weights": "half"})
 
 
 def test_splits_of_rde_do_not_overlap(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ A configuration is ``recipes/tasks/TASK/configs/NAME.toml``. Its tables are the 
   label unless it says otherwise, and ``[optimizers.LABEL.train]`` changes entries of ``[train]``,
 - ``[tune]``, ``[[summary]]``, ``[reported]``, which are no part of a run: the grids of recipes/tune.py, the tables of
   recipes/summarize.py, what the paper reports by label.
+
+``base = "NAME"`` at the top of a file takes the tables of another configuration of the task, but for those with more
+than one optimizer in them (``optimizers``, ``tune``, ``summary``); what the file itself says goes before them.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ RECIPES = Path(__file__).resolve().parents[1]
 TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("tasks/*/configs")))
 
 NOT_OF_A_RUN = ("tune", "summary", "reported")
+NOT_OF_A_BASE = ("optimizers", "tune", "summary")
 
 Table = dict[str, Any]
 
@@ -161,7 +165,12 @@ def read(task: str, config: str) -> dict[str, Any]:
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise ValueError(f"Invalid CONFIG: {config!r}. {task} has {names}; a path to a .toml file is accepted too.")
-    return tomllib.loads(file.read_text())
+    own = tomllib.loads(file.read_text())
+    if "base" not in own:
+        return own
+    shared = {name: table for name, table in read(task, own.pop("base")).items() if name not in NOT_OF_A_BASE}
+    merged = {name: {**shared.get(name, {}), **table} for name, table in own.items() if isinstance(table, Mapping)}
+    return {**shared, **own, **merged}
 
 
 def _change(settings: Settings, change: str) -> None:

@@ -31,6 +31,11 @@ class DivergenceError(Exception):
     """The loss is no longer a number. That is an outcome of a run, not a mistake of the program."""
 
 
+def is_point(step: int, total: int) -> bool:
+    """Whether a curve has a point at this step, counted from 1."""
+    return step == total or step * POINTS // total > (step - 1) * POINTS // total
+
+
 @dataclass
 class Curve:
     """The loss of a run, step by step, and how often it spiked.
@@ -41,15 +46,21 @@ class Curve:
     Attributes:
         points: ``[step, mean loss since the point before]``, about :data:`POINTS` of them.
         spikes: the steps with which a spike began.
+        recoveries: for each of them the number of steps until a loss was down at the median from before the spike
+            again; None where none was.
+        gradients: ``[step, norm of all gradients, norm of those of LayerNorms]``, where a task tells them.
         evaluations: ``{"step": …, metric: …}``.
     """
 
     points: list[list[float]] = field(default_factory=list)
     spikes: list[int] = field(default_factory=list)
+    recoveries: list[int | None] = field(default_factory=list)
+    gradients: list[list[float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     pending: list[float] = field(default_factory=list)
     spiking: bool = False
+    levels: list[float] = field(default_factory=list)  # the medians before the spikes
 
     def step(self, step: int, total: int, loss: float) -> None:
         """Add the loss of a step, counted from 1.
@@ -62,14 +73,22 @@ class Curve:
         if len(self.recent) >= SPIKE_WINDOW // 2:
             median = statistics.median(self.recent)
             high = loss > SPIKE_FACTOR * median > 0  # a loss that can be negative has no spikes
+            for spike, level in enumerate(self.levels):
+                if self.recoveries[spike] is None and loss <= level:
+                    self.recoveries[spike] = step - self.spikes[spike]
             if high and not self.spiking:
                 self.spikes.append(step)
+                self.recoveries.append(None)
+                self.levels.append(median)
             self.spiking = high
         self.recent = [*self.recent[-SPIKE_WINDOW + 1 :], loss]
         self.pending.append(loss)
-        if step == total or step * POINTS // total > (step - 1) * POINTS // total:
+        if is_point(step, total):
             self.points.append([step, _short(statistics.fmean(self.pending))])
             self.pending.clear()
+
+    def gradient(self, step: int, *norms: float) -> None:
+        self.gradients.append([step, *map(_short, norms)])
 
     def evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         self.evaluations.append({"step": step, **{name: _short(value) for name, value in metrics.items()}})
@@ -116,6 +135,8 @@ def make(settings: Settings, curve: Curve, outcome: Outcome | None, error: str, 
         "curve": curve.points,
         "evaluations": curve.evaluations,
         "spikes": curve.spikes,
+        "recoveries": curve.recoveries,
+        **({"gradients": curve.gradients} if curve.gradients else {}),
         **({"panels": outcome.panels} if outcome and outcome.panels else {}),
         "seconds": round(seconds, 1),
         **commit(),

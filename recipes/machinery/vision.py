@@ -7,7 +7,7 @@ interrupted goes on exactly as if it had not been.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.machinery.config import Settings
-from recipes.machinery.record import Outcome, class_name
+from recipes.machinery.record import Outcome, class_name, is_point
 
 if TYPE_CHECKING:
     from recipes.machinery.run import Run
@@ -43,6 +43,7 @@ class Training:
         workers: processes that load data.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         weights: ``"float32"`` or ``"bfloat16"``, in which the weights are kept.
+        gradients: tell the norms of the gradients, of all and of LayerNorms, at each point of the curve.
         evaluate_every: epochs between two evaluations on the validation set; the last is always evaluated.
     """
 
@@ -54,6 +55,7 @@ class Training:
     workers: int = 0
     precision: str = "no"
     weights: str = "float32"
+    gradients: bool = False
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
@@ -195,6 +197,7 @@ def fit(
     model = build().to(WEIGHTS[training.weights])
     optimizer = create_optimizer(model, run.settings.optimizer)
     used = class_name(optimizer)
+    norms = [param for module in model.modules() if isinstance(module, nn.LayerNorm) for param in module.parameters()]
     model, optimizer, loader = accelerator.prepare(model, optimizer, _loader(train_set, training, shuffle=True))
     loaders = {split: accelerator.prepare(_loader(dataset, training)) for split, dataset in held_out.items()}
     on_the_way = {split: loader for split, loader in loaders.items() if split == "valid"}
@@ -215,9 +218,12 @@ def fit(
             value = loss(model, batch)
             optimizer.zero_grad()
             accelerator.backward(value)
+            step = epoch * len(loader) + position
+            if training.gradients and is_point(step, total):
+                run.curve.gradient(step, _norm(model.parameters()), _norm(norms))
             optimizer.step()
             scheduler.step()
-            run.step(epoch * len(loader) + position, total, accelerator.reduce(value.detach(), "mean").item())
+            run.step(step, total, accelerator.reduce(value.detach(), "mean").item())
         done = (epoch + 1) * len(loader)
         if on_the_way and ((epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs):
             metrics = evaluate(accelerator, model, on_the_way, measure)
@@ -229,6 +235,11 @@ def fit(
     metrics |= evaluate(accelerator, model, others, measure)
     model = accelerator.unwrap_model(model).eval()
     return Outcome(metrics, used, panels(model) if panels else None)
+
+
+def _norm(params: Iterable[nn.Parameter]) -> float:
+    """Of the gradients of parameters that have one, together."""
+    return float(nn.utils.get_total_norm([param.grad for param in params if param.grad is not None]))
 
 
 @torch.no_grad()
