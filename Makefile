@@ -26,7 +26,7 @@ bench: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes benchmarks
+	$(VENV)/bin/mypy sing_plugins integrations/sing_* recipes benchmarks docs/size.py
 
 # With the oldest versions that pyproject.toml admits, all at once. Left out are the tests of what that torch cannot do:
 # Muon came later to torch and to timm, its FSDP2 takes neither HSDP on a CPU nor uneven shards of tensor parallel, that

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from docs import size
 from recipes import report, run, summarize
 from recipes.machinery import config, figures, record, tables
 from recipes.machinery.config import RECIPES
@@ -172,6 +173,13 @@ def test_overview_has_both_optimizers_and_who_is_better() -> None:
     for label in ("sing_adamw", "sing_no_softplus"):
         expected.append(f"{by_label[label]['test: mean (range)']}, {by_label[label]['against adamw']}")
     assert row == ["rde", "small", "rde", "accuracy", *expected]
+
+
+def test_the_steps_in_docs_size_are_those_of_the_optimizer(tmp_path: Path) -> None:
+    page = (size.FOLDER / "size.md").read_text()
+    assert summarize.insert(page, summarize.markdown_table(size.table())) == page
+    size.draw(tmp_path / "size.svg")
+    assert all(label in (tmp_path / "size.svg").read_text() for label in size.DRAWN)
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
