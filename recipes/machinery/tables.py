@@ -18,7 +18,13 @@ from recipes.machinery.search import Point, best, score
 SEEDS = 3  # that a comparison needs
 BASIN_SHARE = 0.95  # the same, for a learning rate that is as good as the best
 STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
-SING, NO_SOFTPLUS = ("sing_adamw", "sing"), "sing_no_softplus"  # labels, the first of whatever the task calls it
+# Columns of the overview beside AdamW's: their labels, of which a configuration has one.
+VARIANTS = {
+    "sing": ("sing_adamw", "sing"),
+    "sing without softplus": ("sing_no_softplus",),
+    "sing, softplus_relative=4": ("sing_b4",),
+    "sing, softplus_relative=1": ("sing_b1",),
+}
 TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
 
 Record = Mapping[str, Any]
@@ -215,19 +221,19 @@ def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[s
     Args:
         found: by task and configuration, as :func:`runs` returns it.
     """
-    rows = [["task", "configuration", "data", "metric", "adamw", "sing", "sing without softplus"]]
+    rows = [["task", "configuration", "data", "metric", "adamw", *VARIANTS]]
     for (task, name), mine in found.items():
         module = config.task_module(task)
         metric, higher = module.METRIC, module.HIGHER_IS_BETTER
-        sing = next((label for label in SING if label in mine), "")
-        if not sing or "adamw" not in mine:
+        labels = [next((label for label in variant if label in mine), None) for variant in VARIANTS.values()]
+        if labels[0] is None or "adamw" not in mine:
             continue
         adamw, data = mine["adamw"].metric("test", metric), mine["adamw"].settings["data"]
         cells = [_values(adamw, metric)]
-        for label in (sing, NO_SOFTPLUS):
-            tests = mine[label].metric("test", metric) if label in mine else ()
+        for label in labels:
+            tests = () if label is None else mine[label].metric("test", metric)
             against = verdict(tests, adamw, higher_is_better=higher)
-            cells.append(f"{_values(tests, metric)}, {against}" if label in mine else "–")
+            cells.append("–" if label is None else f"{_values(tests, metric)}, {against}")
         rows.append([task, name, str(data.get("name", data.get("path", task))), metric, *cells])
     return rows
 
