@@ -73,6 +73,8 @@ def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path |
         if not found.keys() & set(layout["rows"]):
             continue
         made.append((layout["title"], tables.table(task, layout, found, tables.reported(task, name))))
+        if "failed_below" in layout:
+            made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
         lines: list[tuple[str, str, Lines]] = [("curves", "training loss", figures.training_loss)]
         if on_the_way := getattr(module, "ON_THE_WAY", None):
             lines.append(("evaluations", on_the_way, figures.evaluations(on_the_way)))

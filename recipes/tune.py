@@ -4,7 +4,8 @@
 
 The paper's procedure (section 5.1): a grid of learning rates, then a grid of weight decays at the best of them; where
 the best is the first or the last of a grid, the grid goes on there. Runs are recipes/run.py's, with seed 0; what has a
-record is not run again, so an interrupted tuning goes on where it was. Then the best is repeated with further seeds.
+record is not run again, so an interrupted tuning goes on where it was. Then the best is repeated with further seeds,
+which are also run at multiples of its learning rate where the configuration's ``tune.beyond`` has some.
 
 Several machines can share the work through one ``--storage``: any database that Optuna takes.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from optuna.trial import TrialState
 from recipes.machinery import config, record
 from recipes.machinery.config import Settings
 from recipes.machinery.progress import Progress
-from recipes.machinery.search import Grid, Point, Scores, best, next_points, score
+from recipes.machinery.search import Grid, Point, Scores, best, next_points, score, times
 
 ROOT = config.RECIPES.parent
 
@@ -46,12 +47,18 @@ class Tuning:
         settings: with seed 0, as the configuration has them.
         study: Optuna's, which may be shared.
         seeds: how many seeds the best point is run with.
+        rest: what is left to run once the best point is known: the factor of its learning rate, and the seed.
     """
 
     settings: Settings
     study: optuna.Study
     budget: int
     seeds: int
+    rest: list[tuple[float, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        factors = [1.0, *self.settings["tune"].get("beyond", ())]
+        self.rest = [(factor, seed) for factor in factors for seed in range(1, self.seeds)]
 
     @property
     def grid(self) -> Grid:
@@ -141,13 +148,12 @@ def carry_out(tunings: Sequence[Tuning], options: argparse.Namespace) -> None:
     """
     progress = Progress(sys.stdout)
     running: dict[Future[dict[str, Any]], tuple[Tuning, optuna.Trial | None]] = {}
-    seeds_left = {id(tuning): list(range(1, tuning.seeds)) for tuning in tunings}
     with ThreadPoolExecutor(options.jobs) as pool:
         while True:
             for tuning in tunings:
                 if len(running) >= options.jobs:
                     break
-                for settings, trial in _wanted(tuning, seeds_left[id(tuning)], options.jobs - len(running)):
+                for settings, trial in _wanted(tuning, options.jobs - len(running)):
                     running[pool.submit(run, settings, options)] = tuning, trial
             if not running:
                 return
@@ -162,13 +168,13 @@ def carry_out(tunings: Sequence[Tuning], options: argparse.Namespace) -> None:
                 )
 
 
-def _wanted(tuning: Tuning, seeds: list[int], room: int) -> list[tuple[Settings, optuna.Trial | None]]:
+def _wanted(tuning: Tuning, room: int) -> list[tuple[Settings, optuna.Trial | None]]:
     points = next_points(tuning.grid, tuning.scores())
     if points is not None:
         return [(tuning.settings.at(*point, seed=0), tuning.claim(point)) for point in points[:room]]
-    best_point = best(tuning.scores())
-    taken = [seeds.pop(0) for _ in range(min(room, len(seeds)))]
-    return [(tuning.settings.at(*best_point, seed=seed), None) for seed in taken]
+    lr, decay = best(tuning.scores())
+    taken = [tuning.rest.pop(0) for _ in range(min(room, len(tuning.rest)))]
+    return [(tuning.settings.at(times(lr, factor), decay, seed=seed), None) for factor, seed in taken]
 
 
 def run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

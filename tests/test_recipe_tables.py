@@ -176,6 +176,27 @@ def test_overview_has_both_optimizers_and_who_is_better() -> None:
         assert shown[column] == expected
 
 
+def test_what_fails_at_multiples_of_the_best_rate_is_counted_on_further_seeds() -> None:
+    settings = config.load("digits", "small", "adamw")
+    decay = settings.optimizer["weight_decay"]
+
+    def made(lr: float, seed: int, accuracy: float | None, *recoveries: int | None) -> dict[str, Any]:
+        metrics = {} if accuracy is None else {"valid accuracy": accuracy, "test accuracy": accuracy}
+        spikes = {"spikes": list(range(len(recoveries))), "recoveries": list(recoveries)}
+        return {**settings.at(lr, decay, seed).as_json(), "metrics": metrics, **spikes}
+
+    records = [
+        *(made(1e-3, seed, 0.97) for seed in (0, 1, 2)),
+        *(made(5e-3, seed, accuracy, 40, None) for seed, accuracy in ((0, 0.5), (1, 0.95), (2, 0.1))),
+        *(made(1e-2, seed, accuracy, None, None, 3) for seed, accuracy in ((1, 0.1), (2, None))),
+    ]
+    (layout,) = tables.layouts("digits", "small")
+    header, row = tables.beyond("digits", layout, {"adamw": tables.Runs(settings, records)})
+    assert header == ["optimizer", "best lr", "at 1 × that", "at 2 × that", "at 5 × that", "at 10 × that"]
+    assert row[:4] == ["adamw", "0.001", "0 of 2 fail, 0.0 spikes a run", "–"]
+    assert row[4:] == ["1 of 2 fail, 2.0 spikes a run of 40 steps", "2 of 2 fail, 3.0 spikes a run, for good"]
+
+
 def test_the_steps_in_docs_size_are_those_of_the_optimizer(tmp_path: Path) -> None:
     page = (size.FOLDER / "size.md").read_text()
     assert summarize.insert(page, summarize.markdown_table(size.table())) == page

@@ -27,6 +27,7 @@ from recipes.machinery import config, data, record, search, vision
 from recipes.machinery.data import Download
 from recipes.machinery.record import Curve, DivergenceError
 from recipes.machinery.search import Grid, next_points
+from recipes.tasks.digits.task import Data as Digits
 from recipes.tasks.landscape import task as landscape
 from recipes.tasks.rde import rectangles
 from recipes.tasks.rde.task import Data, DepthViT
@@ -354,6 +355,18 @@ def test_tuning_by_command_is_not_repeated_and_adds_the_seeds(
     assert (added["seed"], added["optimizer"]) == (1, best["optimizer"])
 
 
+def test_further_seeds_are_run_at_multiples_of_the_best_rate_where_a_configuration_asks_for_it(tmp_path: Path) -> None:
+    small = (config.task_folder("landscape") / "configs" / "small.toml").read_text()
+    file = tmp_path / "further.toml"
+    file.write_text(small.replace("[tune]\n", "[tune]\nbeyond = [2, 5]\n"))
+    asked = ["landscape", str(file), "--optimizer", "sing_sgd", "--budget", "4", "--seeds", "3"]
+    assert tune.main([*asked, "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]) == 0
+    made = [json.loads(record.read_text()) for record in tmp_path.glob("results/*/*/*.json")]
+    best = max((each for each in made if each["seed"] == 0), key=search.score)["optimizer"]["lr"]
+    further = sorted((each["optimizer"]["lr"], each["seed"]) for each in made if each["seed"])
+    assert further == [(best * factor, seed) for factor in (1, 2, 5) for seed in (1, 2)]
+
+
 def test_the_table_says_what_diverged_and_what_another_machine_is_running() -> None:
     tuning = tune.Tuning(config.load("rde", "small"), optuna.create_study(direction="maximize"), budget=8, seeds=1)
     for lr, value in ((1e-3, 0.25), (5e-3, -math.inf)):
@@ -512,6 +525,37 @@ def test_paper_configuration_of_rde_trains(tmp_path: Path) -> None:
     assert made["status"] == "finished"
     assert made["model"]["name"] == "vit_small_patch16_224"
     assert np.shape(made["panels"]["prediction"]) == (4, 128, 128)
+
+
+# Digits
+
+
+def test_digits_are_split_and_repeated() -> None:
+    sets = Digits(valid=360, test=360, repeat=2).load()
+    assert {split: len(part) for split, part in sets.items()} == {"train": 2 * 1077, "valid": 360, "test": 360}
+    pixels = {split: {row.tobytes() for row in part.tensors[0].numpy()} for split, part in sets.items()}
+    assert not pixels["train"] & pixels["test"]
+    assert not pixels["valid"] & pixels["test"]
+    assert all(part.tensors[0].min() == 0 and part.tensors[0].max() == 1 for part in sets.values())
+
+
+@pytest.mark.parametrize("label", config.labels("digits", "small"))
+def test_every_optimizer_of_digits_trains(label: str, tmp_path: Path) -> None:
+    short = ("train.epochs=1", "data.repeat=1", "model.depth=2", "model.width=16")
+    (made,) = start(tmp_path, "digits", "small", "--optimizer", label, *changes(*short))
+    assert made["status"] == "finished"
+    assert made["optimizer_class"].startswith("sing_plugins.") == label.startswith("sing_")
+
+
+def test_clipping_bounds_the_norm_of_all_gradients(tmp_path: Path) -> None:
+    short = ("train.epochs=1", "data.repeat=1", "model.depth=1", "model.width=8", "train.batch_size=512")
+    ends = []
+    for clip in ("0.0", "1e-12", "1e9"):
+        where = (tmp_path / clip, "digits", "small", "--optimizer", "adamw", *changes(*short, f"train.clip={clip}"))
+        (made,) = start(*where)
+        ends.append(made["metrics"])
+    assert ends[0] == ends[2]
+    assert ends[0] != ends[1]
 
 
 def test_norms_of_gradients_are_told_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Settings:
         seed: of weights, order and noise; the data set has a seed of its own.
         tables: the configuration's tables with the optimizer's changes; ``optimizer`` and ``tune`` among them.
         changes: what was changed in them, as it was asked for.
+        file: the configuration's, as it was asked for, where it is none of the task's.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Settings:
     seed: int
     tables: dict[str, Table]
     changes: tuple[str, ...] = ()
+    file: str = ""
 
     def __getitem__(self, table: str) -> Table:
         return self.tables.get(table, {})
@@ -74,7 +76,7 @@ class Settings:
     def arguments(self) -> list[str]:
         """Of recipes/run.py, for this run."""
         changes = [argument for change in self.changes for argument in ("--set", change)]
-        return [self.task, self.config, "--optimizer", self.label, "--seed", str(self.seed), *changes]
+        return [self.task, self.file or self.config, "--optimizer", self.label, "--seed", str(self.seed), *changes]
 
     def at(self, lr: float, weight_decay: float, seed: int) -> Settings:
         """The same run with another learning rate, weight decay and seed."""
@@ -137,7 +139,8 @@ def load(task: str, config: str, label: str | None = None, seed: int = 0, change
             tables.setdefault(key, {}).update(value)
         else:
             optimizer[key] = value
-    settings = Settings(task, name, label, seed, {**tables, "optimizer": optimizer}, tuple(changes))
+    own = "" if config == name else str(Path(config).resolve())
+    settings = Settings(task, name, label, seed, {**tables, "optimizer": optimizer}, tuple(changes), own)
     for change in settings.changes:
         _change(settings, change)
     return settings

@@ -87,7 +87,11 @@ def from_the_middle(values: Sequence[float]) -> list[float]:
 def beyond(value: float, *, up: bool) -> float:
     """The next value of the paper's grids: …, 1e-3, 5e-3, 1e-2, 5e-2, …"""
     is_five = f"{value:e}".startswith("5")
-    factor = (2.0 if is_five else 5.0) if up else (0.2 if is_five else 0.5)
+    return times(value, (2.0 if is_five else 5.0) if up else (0.2 if is_five else 0.5))
+
+
+def times(value: float, factor: float) -> float:
+    """The product, as it is written."""
     return float(f"{value * factor:.6g}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from recipes.machinery import config, record
 from recipes.machinery.config import Settings
-from recipes.machinery.search import Point, best, score
+from recipes.machinery.search import Point, best, score, times
 
 SEEDS = 3  # that a comparison needs
 BASIN_SHARE = 0.95  # the same, for a learning rate that is as good as the best
@@ -215,6 +215,44 @@ def table(
     return rows
 
 
+def beyond(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> list[list[str]]:
+    """How runs end at multiples of the best learning rate: the header, and a row for each optimizer that has such runs.
+
+    Args:
+        task: one of :data:`recipes.machinery.config.TASKS`.
+        layout: an entry of the configuration's ``[[summary]]`` with ``failed_below``: the test metric below which a run
+            has failed.
+        found: as :func:`runs` returns it.
+    """
+    metric = config.task_module(task).METRIC
+    factors = [1, *next(iter(found.values())).settings["tune"]["beyond"]] if found else []
+    rows = [["optimizer", "best lr", *(f"at {factor:g} × that" for factor in factors)]]
+    for label in layout["rows"]:
+        if label not in found:
+            continue
+        mine, cells = found[label], []
+        for factor in factors:
+            point = times(mine.best[0], factor), mine.best[1]
+            at = [made for made in mine.records if made["seed"] and _point(made) == point]
+            failed = sum(made["metrics"].get(f"test {metric}", -math.inf) < layout["failed_below"] for made in at)
+            lasted = sorted(
+                math.inf if steps is None else steps for made in at for steps in made["recoveries"] if made["spikes"]
+            )
+            cells.append(_stability(failed, len(at), lasted))
+        rows.append([label, f"{mine.best[0]:g}", *cells])
+    return rows
+
+
+def _stability(failed: int, count: int, lasted: Sequence[float]) -> str:
+    if not count:
+        return "–"
+    spikes = f"{len(lasted) / count:.1f} spikes a run"
+    if lasted:
+        middle = statistics.median_low(lasted)
+        spikes += f" of {middle:.0f} steps" if math.isfinite(middle) else ", for good"
+    return f"{failed} of {count} fail, {spikes}"
+
+
 def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[str]]:
     """SING beside AdamW: the header, and a row for each configuration that has records of both.
 
@@ -257,4 +295,5 @@ def layouts(task: str, name: str) -> list[dict[str, Any]]:
 def reported(task: str, name: str) -> dict[str, str]:
     """What the paper reports, by label: the table ``[reported]`` of the configuration, or of the task's ``paper``."""
     own = config.read(task, name).get("reported")
-    return dict(own or config.read(task, "paper").get("reported", {}))
+    is_there = (config.task_folder(task) / "configs" / "paper.toml").exists()
+    return dict(own or (config.read(task, "paper").get("reported", {}) if is_there else {}))

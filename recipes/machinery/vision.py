@@ -43,6 +43,7 @@ class Training:
         workers: processes that load data.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         weights: ``"float32"`` or ``"bfloat16"``, in which the weights are kept.
+        clip: largest norm of all gradients together; 0 for no clipping.
         gradients: tell the norms of the gradients, of all and of LayerNorms, at each point of the curve.
         evaluate_every: epochs between two evaluations on the validation set; the last is always evaluated.
     """
@@ -55,6 +56,7 @@ class Training:
     workers: int = 0
     precision: str = "no"
     weights: str = "float32"
+    clip: float = 0.0
     gradients: bool = False
     evaluate_every: int = 1
 
@@ -221,6 +223,8 @@ def fit(
             step = epoch * len(loader) + position
             if training.gradients and is_point(step, total):
                 run.curve.gradient(step, _norm(model.parameters()), _norm(norms))
+            if training.clip:
+                accelerator.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             scheduler.step()
             run.step(step, total, accelerator.reduce(value.detach(), "mean").item())
