@@ -28,11 +28,14 @@ class WholeTensors:
 
     def __init__(self) -> None:
         self._shapes: Shapes = []
+        self._trained: Shapes = []  # without what was frozen, which DeepSpeed's copies in float32 leave out
         self._checked: Shapes | None = None
 
     def declare(self, groups: Iterable[dict[str, Any]]) -> None:
         """Take the shapes of param groups that the optimizer was given in addition to those declared before."""
-        self._shapes += [[param.shape for param in group["params"]] for group in groups]
+        for group in groups:
+            self._shapes.append([param.shape for param in group["params"]])
+            self._trained.append([param.shape for param in group["params"] if param.requires_grad])
         self._checked = None
 
     def check(self, groups: list[dict[str, Any]]) -> None:
@@ -55,12 +58,16 @@ class WholeTensors:
             raise RuntimeError(_SHARDED.format("FullyShardedDataParallel (FSDP1)"))
         if any(hasattr(param, "ds_id") for param in params):
             raise RuntimeError(_SHARDED.format("DeepSpeed ZeRO-3"))
-        if _are_others(self._shapes, shapes) if self._checked is None else _are_flattened(self._checked, shapes):
+        if self._checked is None:
+            are_flat = all(_are_others(given, shapes) for given in (self._shapes, self._trained))
+        else:
+            are_flat = _are_flattened(self._checked, shapes)
+        if are_flat:
             raise RuntimeError(
                 _SHARDED.format("something that replaced the optimizer's parameters (DeepSpeed ZeRO-1/2 does)")
                 + " To add parameters, use add_param_group."
             )
-        self._shapes = self._checked = shapes
+        self._shapes = self._trained = self._checked = shapes
 
 
 def _are_others(given: Shapes, found: Shapes) -> bool:

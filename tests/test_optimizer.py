@@ -283,6 +283,18 @@ def test_parameters_replaced_by_a_flat_partition_are_refused(count: int) -> None
     assert torch.equal(flat, torch.ones(6))
 
 
+def test_parameters_replaced_by_whole_ones_without_what_was_frozen_are_taken() -> None:
+    """What DeepSpeed does at stage 0, whose copies in float32 leave out what is not trained."""
+    frozen, *others = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,), (3, 2)))
+    optimizer = SING([frozen.requires_grad_(False), *others])
+    copies = [nn.Parameter(param.detach().clone()) for param in others]
+    optimizer.param_groups[0]["params"] = copies
+    for param in copies:
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert not any(torch.equal(param, torch.ones_like(param)) for param in copies)
+
+
 def flattened(optimizer: Optimizer) -> tuple[Optimizer, nn.Parameter]:
     flat = nn.Parameter(torch.ones(9))
     flat.grad = torch.ones(9)

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ def test_bf16_at_stage_0_equals_master_weights_after_a_step_with_zero_gradients(
     assert report["bf16, stage 0, without that step"] > 1e-3
 
 
+def test_bf16_at_stage_0_takes_an_optimizer_that_has_frozen_parameters(reports_of: Reports) -> None:
+    """DeepSpeed leaves them out of its copies in float32."""
+    (report,) = reports_of(1)
+    assert report["bf16, stage 0, frozen"] == ["trained", 0.0]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("config", FLAT)
@@ -239,6 +245,11 @@ def from_master_weights(zero_step: bool) -> float:
     return difference(optimizer.param_groups[0]["params"], master)
 
 
+def with_frozen(params: Iterable[nn.Parameter]) -> Optimizer:
+    frozen, *others = params
+    return SING([frozen.requires_grad_(False), *others], **OPTIONS)
+
+
 def refusal(config: dict[str, Any], create: Create, before: Callable[[Optimizer], Optimizer]) -> tuple[str, float]:
     """What is said, and how far the weights have moved."""
     import deepspeed
@@ -325,6 +336,7 @@ def main(directory: Path) -> None:
         report["clipped, no norm"] = from_plain(CREATE["no norm"], gradient_clipping=1.0)
         report["bf16, stage 0"] = from_master_weights(zero_step=True)
         report["bf16, stage 0, without that step"] = from_master_weights(zero_step=False)
+        report["bf16, stage 0, frozen"] = refusal(BF16, with_frozen, BEFORE["made"])
         report["copied"] = refusal_of_what_became_of(copy.deepcopy)
         report["loaded"] = refusal_of_what_became_of(loaded)
         report["with one group more"] = refusal_of_what_became_of(one_group_more)
