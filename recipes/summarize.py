@@ -48,7 +48,7 @@ def summarize(task: str, folder: Path | None = None) -> list[Section]:
         task: one of :data:`recipes.machinery.config.TASKS`.
         folder: with a folder of records for each task, instead of ``recipes/tasks/TASK/results``.
     """
-    sections = [_section(task, name, found, folder) for name, found in _runs(task, folder).items()]
+    sections = [_section(task, name, _runs(task, folder), folder) for name in _runs(task, folder)]
     return [section for section in sections if section.tables]
 
 
@@ -65,8 +65,8 @@ def _runs(task: str, folder: Path | None) -> dict[str, dict[str, tables.Runs]]:
     return {name: tables.runs(task, name, folder) for name in recorded}
 
 
-def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path | None) -> Section:
-    module = config.task_module(task)
+def _section(task: str, name: str, every: dict[str, dict[str, tables.Runs]], folder: Path | None) -> Section:
+    module, found = config.task_module(task), every[name]
     place = results_folder(task, name, folder)
     made, drawn = [], []
     for number, layout in enumerate(tables.layouts(task, name), 1):
@@ -75,6 +75,8 @@ def _section(task: str, name: str, found: dict[str, tables.Runs], folder: Path |
         made.append((layout["title"], tables.table(task, layout, found, tables.reported(task, name))))
         if "failed_below" in layout:
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
+        if name == next(iter(layout.get("across", ())), None):
+            made.append(("The best learning rate by configuration", tables.across(layout, every)))
         lines: list[tuple[str, str, Lines]] = [("curves", "training loss", figures.training_loss)]
         if on_the_way := getattr(module, "ON_THE_WAY", None):
             lines.append(("evaluations", on_the_way, figures.evaluations(on_the_way)))

@@ -197,6 +197,15 @@ def test_what_fails_at_multiples_of_the_best_rate_is_counted_on_further_seeds() 
     assert row[4:] == ["1 of 2 fail, 2.0 spikes a run of 40 steps", "2 of 2 fail, 3.0 spikes a run, for good"]
 
 
+def test_the_best_rates_of_several_configurations_stand_beside_each_other() -> None:
+    layout = {"across": ["one", "two"], "rows": ["adamw", "muon"]}
+    one, two = runs_with({1e-3: 0.4, 1e-2: 0.8, 1e-1: 0.4}), runs_with({1e-3: 0.8, 1e-2: 0.7})
+    found = {"one": {"adamw": one, "muon": one}, "two": {"adamw": two}}
+    header, row = tables.across(layout, found)
+    assert header == ["optimizer", "one", "two", "largest / smallest"]
+    assert row == ["adamw", "0.01", "0.001 (edge)", "10"]
+
+
 def test_the_steps_in_docs_size_are_those_of_the_optimizer(tmp_path: Path) -> None:
     page = (size.FOLDER / "size.md").read_text()
     assert summarize.insert(page, summarize.markdown_table(size.table())) == page

@@ -165,7 +165,7 @@ def test_grids_are_no_part_of_a_run() -> None:
     ("arguments", "message"),
     [
         (("nothing", "small"), "Invalid TASK: 'nothing'. Accepted: .*landscape, rde"),
-        (("rde", "huge"), "Invalid CONFIG: 'huge'. rde has bf16, paper, small"),
+        (("rde", "huge"), "Invalid CONFIG: 'huge'. rde has bf16, depth-8, paper, small, width-128, "),
         (("rde", "small", "adam"), "Invalid --optimizer: 'adam'. rde small has sing_adamw, adamw"),
         (("rde", "small", None, 0, ["train.epoch=1"]), "Invalid --set: 'train.epoch=1'. .*train.epochs"),
         (("rde", "small", None, 0, ["train.epochs"]), "Invalid --set: 'train.epochs'"),
@@ -177,13 +177,15 @@ def test_what_a_configuration_does_not_have_raises_and_lists_what_it_has(argumen
         config.load(*arguments)
 
 
-def test_a_configuration_takes_the_tables_of_its_base_that_are_not_of_single_optimizers() -> None:
+def test_a_configuration_takes_over_its_base_but_for_what_it_replaces() -> None:
     small, bf16 = config.read("rde", "small"), config.read("rde", "bf16")
     assert bf16["train"] == {**small["train"], "precision": "bf16", "weights": "bfloat16"}
     assert (bf16["data"], bf16["model"]) == (small["data"], small["model"])
     assert list(bf16["optimizers"]) == ["float32", "bfloat16", "bfloat16_kahan"]
     assert config.load("rde", "bf16", "float32")["train"]["weights"] == "float32"
     assert "base" not in bf16
+    first, wider = config.read("rde", "width-64"), config.read("rde", "width-128")
+    assert wider == {**first, "model": {**first["model"], "embed_dim": 128, "num_heads": 8}}
 
 
 # Records

@@ -9,8 +9,8 @@ A configuration is ``recipes/tasks/TASK/configs/NAME.toml``. Its tables are the 
 - ``[tune]``, ``[[summary]]``, ``[reported]``, which are no part of a run: the grids of recipes/tune.py, the tables of
   recipes/summarize.py, what the paper reports by label.
 
-``base = "NAME"`` at the top of a file takes the tables of another configuration of the task, but for those with more
-than one optimizer in them (``optimizers``, ``tune``, ``summary``); what the file itself says goes before them.
+``base = "NAME"`` at the top of a file takes over another configuration of the task. Entries of the file's own tables go
+before those of the base; ``optimizers``, ``tune`` and ``summary`` replace the base's as a whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPES = Path(__file__).resolve().parents[1]
 TASKS = tuple(sorted(folder.parent.name for folder in RECIPES.glob("tasks/*/configs")))
 
 NOT_OF_A_RUN = ("tune", "summary", "reported")
-NOT_OF_A_BASE = ("optimizers", "tune", "summary")
+REPLACED = ("optimizers", "tune", "summary")
 
 Table = dict[str, Any]
 
@@ -171,9 +171,9 @@ def read(task: str, config: str) -> dict[str, Any]:
     own = tomllib.loads(file.read_text())
     if "base" not in own:
         return own
-    shared = {name: table for name, table in read(task, own.pop("base")).items() if name not in NOT_OF_A_BASE}
-    merged = {name: {**shared.get(name, {}), **table} for name, table in own.items() if isinstance(table, Mapping)}
-    return {**shared, **own, **merged}
+    base = read(task, own.pop("base"))
+    merged = {name: table if name in REPLACED else {**base.get(name, {}), **table} for name, table in own.items()}
+    return {**base, **merged}
 
 
 def _change(settings: Settings, change: str) -> None:
