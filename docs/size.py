@@ -62,16 +62,16 @@ def draw(file: Path) -> None:
     sizes = [int(size) for size in np.geomspace(10, 1e7, 25)]
     with plt.rc_context(STYLE):
         figure, (axes,) = grid(1, 1, 6.0, 3.4)
-        ends = {}
+        ends, colors = {}, {}
         for index, (label, options) in enumerate(DRAWN.items()):
             steps = [step(size, **options) for size in sizes]
             axes.plot(sizes, steps, color=f"C{index}", linewidth=1.4)
-            ends[label] = sizes[-1], steps[-1]
+            ends[label], colors[label] = (sizes[-1], steps[-1]), f"C{index}"
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("entries of the tensor")
         axes.set_ylabel("step of an average entry / learning rate")
-        label_ends(axes, ends)
+        label_ends(axes, ends, colors)
         save(figure, file)
 
 

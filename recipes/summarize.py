@@ -84,9 +84,8 @@ def _section(task: str, name: str, every: dict[str, dict[str, tables.Runs]], fol
             file = place / f"{kind}-{number}.svg"
             figures.draw_curves(found, layout["rows"], value, file, points)
             drawn.append((file, f"{layout['title']}: {value}, mean and range over the seeds"))
-        if module.HIGHER_IS_BETTER:
-            file = place / f"basins-{number}.svg"
-            figures.draw_basins(found, layout["rows"], module.METRIC, file)
+        file = place / f"basins-{number}.svg"
+        if module.HIGHER_IS_BETTER and figures.draw_basins(found, layout["rows"], module.METRIC, file):
             drawn.append((file, f"{layout['title']}: validation {module.METRIC} over the learning rate"))
     if made:
         figures.draw_maps(

@@ -78,6 +78,7 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
     with plt.rc_context(STYLE):
         figure, (axes,) = grid(1, 1, 7.0, 4.0)
         ends: dict[str, tuple[float, float]] = {}
+        colors: dict[str, str] = {}
         tops: dict[str, float] = {}
         for style, (label, seeds) in zip(_styles(), lines.items(), strict=False):
             steps, low, mean, high = band(seeds, window=SMOOTHED if is_loss else 1)
@@ -87,21 +88,16 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
             axes.plot(steps, mean, linewidth=1.2, **style)
             spikes = [step for made in found[label].chosen for step in made["spikes"]] if is_loss else []
             axes.plot(spikes, np.interp(spikes, steps, mean), "^", markersize=4, color=style["color"], alpha=0.7)
-            ends[label] = steps[-1], mean[-1]
+            ends[label], colors[label] = (steps[-1], mean[-1]), style["color"]
             tops[label] = max(value for step, value in zip(steps, high, strict=True) if step >= BEGINNING * steps[-1])
         if is_loss and values and min(values) > 0:
             axes.set_yscale("log")
             # Where all begin alike, and where one does not learn, there is little to be seen.
-            axes.set_ylim(
-                top=max(
-                    top
-                    for label, top in tops.items()
-                    if ends[label][1] <= FAR * min(ends.values(), key=lambda end: end[1])[1]
-                )
-            )
+            lowest = min(last for _, last in ends.values())
+            axes.set_ylim(top=max(tops[label] for label, (_, last) in ends.items() if last <= FAR * lowest))
         axes.set_xlabel("step")
         axes.set_ylabel(name)
-        label_ends(axes, ends)
+        label_ends(axes, ends, colors)
         save(figure, file)
 
 
@@ -132,21 +128,21 @@ def _styles() -> Iterator[dict[str, Any]]:
     return ({"color": f"C{at % 10}", "linestyle": dash} for dash in ("-", "--") for at in range(10))
 
 
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
     """Write the name of each line at its end, from top to bottom in the order of the ends, none over another.
 
     Args:
-        axes: whose lines have been drawn in the order of ``ends``.
+        axes: whose lines have been drawn.
         ends: by name, the last point of the line.
+        colors: by name, the line's.
     """
-    styles = dict(zip(ends, _styles(), strict=False))
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # limits are final after it
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {label: min(1.0, float(to_axes.transform(end)[1])) for label, end in ends.items()}
     order = sorted(heights, key=heights.__getitem__)
     places = apart([heights[label] for label in order], LABEL_HEIGHT)
     for label, place in zip(order, places, strict=True):
-        color, last = styles[label]["color"], float(to_axes.transform(ends[label])[0])
+        color, last = colors[label], float(to_axes.transform(ends[label])[0])
         axes.annotate(
             label,
             xy=(last, heights[label]),
@@ -175,13 +171,18 @@ def apart(heights: Sequence[float], distance: float) -> list[float]:
     return [(up + down) / 2 for up, down in zip(upwards, downwards, strict=True)]
 
 
-def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, file: Path) -> None:
+def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, file: Path) -> bool:
     """The validation metric over the learning rate, at the weight decay at which rates were compared.
 
     Axes for each optimizer, with the lines of the others in grey: lines through the tuning runs (seed 0), dots where
     other seeds were run there. The range that is within 5 % of the best is shaded.
+
+    Returns:
+        Whether there is anything to draw.
     """
     shown = {label: found[label] for label in labels if label in found and len(found[label].rates) > 1}
+    if not shown:
+        return False
     scale = TO_PERCENT.get(metric, 1)
     lines = {
         label: [(lr, value * scale) for lr, value in sorted(mine.rates.items()) if math.isfinite(value)]
@@ -203,6 +204,7 @@ def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, f
         figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
         figure.tight_layout()
         save(figure, file)
+    return True
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
