@@ -32,8 +32,8 @@ lint: $(VENV)/ready
 # Muon came later to torch and to timm, its FSDP2 takes neither HSDP on a CPU nor uneven shards of tensor parallel, that
 # Accelerate neither resumes FSDP2 nor makes full checkpoints of it, nor lets Trainer have it on a CPU, and the interpreter
 # of its Triton fails with today's NumPy.
-NOT_OLDEST := matrices_only optimizer_of_rde hsdp fsdp2_of_tensor_parallel resumes_through_accelerate full_checkpoint \
-	fsdp2_in_two_processes_equals_one_and_resumes in_the_interpreter
+NOT_OLDEST := matrices_only optimizer_of_rde optimizer_of_digits hsdp fsdp2_of_tensor_parallel \
+	resumes_through_accelerate full_checkpoint fsdp2_in_two_processes_equals_one_and_resumes in_the_interpreter
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -k "$(foreach name,$(NOT_OLDEST),not $(name) and) test"
 
