@@ -67,7 +67,7 @@ class WholeTensors:
                 _SHARDED.format("something that replaced the optimizer's parameters (DeepSpeed ZeRO-1/2 does)")
                 + " To add parameters, use add_param_group."
             )
-        self._shapes = self._trained = self._checked = shapes
+        self._shapes, self._trained, self._checked = list(shapes), list(shapes), shapes
 
 
 def _are_others(given: Shapes, found: Shapes) -> bool:

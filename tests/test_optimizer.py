@@ -295,6 +295,19 @@ def test_parameters_replaced_by_whole_ones_without_what_was_frozen_are_taken() -
     assert not any(torch.equal(param, torch.ones_like(param)) for param in copies)
 
 
+def test_a_group_can_be_added_between_steps() -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (4,), (2, 2))]
+    optimizer = SING(params[:1])
+    for param in params:
+        if param is not params[0]:
+            optimizer.add_param_group({"params": [param]})
+        for trained in params:
+            trained.grad = torch.randn(trained.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [6, 4, 2]
+
+
 def flattened(optimizer: Optimizer) -> tuple[Optimizer, nn.Parameter]:
     flat = nn.Parameter(torch.ones(9))
     flat.grad = torch.ones(9)
