@@ -30,8 +30,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-MAPS_A_ROW = 4
-BASINS_A_ROW = 4
+A_ROW = 4  # axes of a figure that has many
 FAR = 4.0  # times the lowest final loss: above the figure
 SMOOTHED = 9  # points of a training curve that are averaged
 BEGINNING = 0.05  # of a training, in which the loss falls from wherever the weights began
@@ -189,7 +188,7 @@ def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, f
         for label, mine in shown.items()
     }
     with plt.rc_context(STYLE):
-        figure, every = grid(len(shown), BASINS_A_ROW, 2.2, 1.9, share=True)
+        figure, every = grid(len(shown), A_ROW, 2.2, 1.9, share=True)
         for axes, (label, mine) in zip(every, shown.items(), strict=True):
             axes.set_xscale("log")
             for line in lines.values():
@@ -227,7 +226,7 @@ def draw_maps(
     shown = [label for label in labels if label in found]
     scale = TO_PERCENT.get(metric, 1) * (1 if higher_is_better else -1)
     with plt.rc_context(STYLE):
-        figure, every = grid(len(shown), MAPS_A_ROW, 2.9, 2.3)
+        figure, every = grid(len(shown), A_ROW, 2.9, 2.3)
         for axes, label in zip(every, shown, strict=True):
             scores = found[label].scores
             rates, decays = (sorted(set(values)) for values in zip(*scores, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, calibrate, sharpness
+from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, sharpness, soften
 
 EPS_SQUARE = 1e-30  # added to the squared gradient, as in Adafactor itself; SING's `eps` guards the norm
 
@@ -23,7 +23,8 @@ def init_state(param: Tensor, group: Group) -> State:
 
 def update(params: Tensors, grads: Tensors, states: list[State], group: Group, totals: Totals) -> None:
     roots = _roots([grad.square() + EPS_SQUARE for grad in grads], states, group, totals)
-    denoms = roots if sharpness(group, totals.shapes) is None else calibrate(roots, group, totals.shapes)
+    betas = sharpness(group, totals.shapes)
+    denoms = roots if betas is None else soften(roots, betas)
     changes = [grad / denom for grad, denom in zip(grads, denoms, strict=True)]
     of_all = zip(params, changes, totals.norms(changes), totals.shapes, states, strict=True)
     for param, change, length, shape, state in of_all:

@@ -123,15 +123,20 @@ def sharpness(group: Group, shapes: Sequence[torch.Size]) -> list[float] | None:
 
 
 def calibrate(roots: Tensors, group: Group, shapes: Sequence[torch.Size]) -> Tensors:
+    """The roots, softened; without softplus, with ``eps`` added, which changes ``roots``."""
+    betas = sharpness(group, shapes)
+    if betas is not None:
+        return soften(roots, betas)
+    torch._foreach_add_(roots, group["eps"])
+    return roots
+
+
+def soften(roots: Tensors, betas: list[float]) -> Tensors:
     """Softplus calibration ``ln(1 + e^(βx)) / β`` of non-negative ``x`` (paper section 3.1, Tong et al. 2022).
 
-    Without softplus, ``eps`` is added instead. Changes ``roots``. Written as ``x + ln(1 + e^(-βx)) / β``, which
-    cannot overflow and has no threshold beyond which it would be replaced by ``x``.
+    Written as ``x + ln(1 + e^(-βx)) / β``, which cannot overflow and has no threshold beyond which it would be replaced
+    by ``x``.
     """
-    betas = sharpness(group, shapes)
-    if betas is None:
-        torch._foreach_add_(roots, group["eps"])
-        return roots
     calibrated = torch._foreach_mul(roots, [-beta for beta in betas])
     torch._foreach_exp_(calibrated)
     torch._foreach_add_(calibrated, 1.0)
