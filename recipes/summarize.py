@@ -77,13 +77,17 @@ def _section(task: str, name: str, every: dict[str, dict[str, tables.Runs]], fol
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
         if name == next(iter(layout.get("across", ())), None):
             made.append(("The best learning rate by configuration", tables.across(layout, every)))
-        lines: list[tuple[str, str, Lines]] = [("curves", "training loss", figures.training_loss)]
+        lines: list[tuple[str, str, Lines]] = [
+            ("curves", figures.LOSS, figures.training_loss),
+            ("gradients", figures.NORM, figures.gradient_norms(1)),
+            ("layernorms", figures.NORM_OF_LAYERNORMS, figures.gradient_norms(2)),
+        ]
         if on_the_way := getattr(module, "ON_THE_WAY", None):
             lines.append(("evaluations", on_the_way, figures.evaluations(on_the_way)))
         for kind, value, points in lines:
             file = place / f"{kind}-{number}.svg"
-            figures.draw_curves(found, layout["rows"], value, file, points)
-            drawn.append((file, f"{layout['title']}: {value}, mean and range over the seeds"))
+            if figures.draw_curves(found, layout["rows"], value, file, points):
+                drawn.append((file, f"{layout['title']}: {value}, mean and range over the seeds"))
         file = place / f"basins-{number}.svg"
         if module.HIGHER_IS_BETTER and figures.draw_basins(found, layout["rows"], module.METRIC, file):
             drawn.append((file, f"{layout['title']}: validation {module.METRIC} over the learning rate"))

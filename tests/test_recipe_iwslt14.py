@@ -308,6 +308,7 @@ def test_the_papers_configuration_runs(folder: Path, runs: dict[str, int]) -> No
     assert set(record["metrics"]) == names
     assert [evaluation["epoch"] for evaluation in record["evaluations"]] == list(range(1, 7))
     assert record["curve"][-1][0] == record["evaluations"][-1]["step"]
+    assert [step for step, norm in record["gradients"] if norm > 0] == [step for step, _ in record["curve"]]
     assert record["metrics"]["test loss"] == record["evaluations"][-1]["test loss"]
 
 

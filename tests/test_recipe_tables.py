@@ -107,6 +107,17 @@ def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
     assert "missing" not in drawn
 
 
+def test_norms_of_gradients_are_drawn_for_what_has_gradients(tmp_path: Path) -> None:
+    found = tables.runs("digits", "small")
+    file, labels = tmp_path / "drawn.svg", ["sing_adamw", "sing_no_freeze"]  # LayerNorm is frozen in the first
+    assert figures.draw_curves(found, labels, figures.NORM_OF_LAYERNORMS, file, figures.gradient_norms(2))
+    drawn = file.read_text()
+    assert "sing_no_freeze" in drawn
+    assert "sing_adamw" not in drawn
+    assert not figures.draw_curves(found, labels[:1], figures.NORM_OF_LAYERNORMS, file, figures.gradient_norms(2))
+    assert file.read_text() == drawn
+
+
 def test_a_band_is_of_the_seeds_that_got_so_far() -> None:
     seeds = [[(1, 1.0), (2, 4.0), (3, 4.0)], [(1, 3.0), (2, 2.0)]]
     assert figures.band(seeds) == ([1, 2, 3], [1, 2, 4], [2, 3, 4], [3, 4, 4])

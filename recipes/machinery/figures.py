@@ -35,6 +35,8 @@ FAR = 4.0  # times the lowest final loss: above the figure
 SMOOTHED = 9  # points of a training curve that are averaged
 BEGINNING = 0.05  # of a training, in which the loss falls from wherever the weights began
 LABEL_HEIGHT = 0.045  # of the height of a figure
+LOSS, NORM, NORM_OF_LAYERNORMS = "training loss", "norm of the gradients", "norm of the gradients of LayerNorms"
+OF_BATCH = {LOSS, NORM, NORM_OF_LAYERNORMS}
 
 Points = list[tuple[float, float]]
 Lines = Callable[[Record], Points]
@@ -58,11 +60,12 @@ def grid(count: int, columns: int, width: float, height: float, *, share: bool =
     return figure, flat[:count]
 
 
-def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, file: Path, points: Lines) -> None:
+def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, file: Path, points: Lines) -> bool:
     """A value over the steps, for each optimizer at its best learning rate and weight decay.
 
-    The mean over the seeds, in a band from the lowest to the highest of them. The training loss is averaged over
-    neighbouring points, has a logarithmic scale if it is never below zero, and a triangle where a seed's spiked.
+    The mean over the seeds, in a band from the lowest to the highest of them. What is measured on a batch is averaged
+    over neighbouring points, and has a logarithmic scale if it is never below zero; where the training loss of a seed
+    spiked, there is a triangle.
 
     Args:
         found: as recipes.machinery.tables.runs returns it.
@@ -70,9 +73,14 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
         name: of the value.
         file: to be written.
         points: the steps and values of a record.
+
+    Returns:
+        Whether there is anything to draw.
     """
-    is_loss = name == "training loss"
+    of_batch = name in OF_BATCH
     lines = {label: [points(made) for made in found[label].chosen] for label in labels if label in found}
+    if not any(seed for seeds in lines.values() for seed in seeds):
+        return False
     values = [value for seeds in lines.values() for seed in seeds for _, value in seed]
     with plt.rc_context(STYLE):
         figure, (axes,) = grid(1, 1, 7.0, 4.0)
@@ -80,24 +88,26 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
         colors: dict[str, str] = {}
         tops: dict[str, float] = {}
         for style, (label, seeds) in zip(_styles(), lines.items(), strict=False):
-            steps, low, mean, high = band(seeds, window=SMOOTHED if is_loss else 1)
+            steps, low, mean, high = band(seeds, window=SMOOTHED if of_batch else 1)
             if not steps:
                 continue
             axes.fill_between(steps, low, high, alpha=0.15, linewidth=0, color=style["color"])
             axes.plot(steps, mean, linewidth=1.2, **style)
-            spikes = [step for made in found[label].chosen for step in made["spikes"]] if is_loss else []
+            spikes = [step for made in found[label].chosen for step in made["spikes"]] if name == LOSS else []
             axes.plot(spikes, np.interp(spikes, steps, mean), "^", markersize=4, color=style["color"], alpha=0.7)
             ends[label], colors[label] = (steps[-1], mean[-1]), style["color"]
             tops[label] = max(value for step, value in zip(steps, high, strict=True) if step >= BEGINNING * steps[-1])
-        if is_loss and values and min(values) > 0:
+        if of_batch and min(values) > 0:
             axes.set_yscale("log")
-            # Where all begin alike, and where one does not learn, there is little to be seen.
-            lowest = min(last for _, last in ends.values())
-            axes.set_ylim(top=max(tops[label] for label, (_, last) in ends.items() if last <= FAR * lowest))
+            if name == LOSS:
+                # Where all begin alike, and where one does not learn, there is little to be seen.
+                lowest = min(last for _, last in ends.values())
+                axes.set_ylim(top=max(tops[label] for label, (_, last) in ends.items() if last <= FAR * lowest))
         axes.set_xlabel("step")
         axes.set_ylabel(name)
         label_ends(axes, ends, colors)
         save(figure, file)
+    return True
 
 
 def band(seeds: Sequence[Points], window: int = 1) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -212,6 +222,16 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 def training_loss(made: Record) -> Points:
     return [(step, loss) for step, loss in made["curve"]]
+
+
+def gradient_norms(of: int) -> Lines:
+    """A column of the record's ``gradients``; nothing for parameters that have none, such as frozen ones."""
+
+    def points(made: Record) -> Points:
+        rows = made.get("gradients", [])
+        return [(row[0], row[of]) for row in rows] if any(any(row[of:]) for row in rows) else []
+
+    return points
 
 
 def evaluations(name: str) -> Lines:

@@ -48,7 +48,8 @@ class Curve:
         spikes: the steps with which a spike began.
         recoveries: for each of them the number of steps until a loss was down at the median from before the spike
             again; None where none was.
-        gradients: ``[step, norm of all gradients, norm of those of LayerNorms]``, where a task tells them.
+        gradients: ``[step, norm of all gradients, norm of those of LayerNorms]``, where a task tells them; fairseq
+            tells the first only.
         evaluations: ``{"step": …, metric: …}``.
     """
 

@@ -15,7 +15,7 @@ import torch
 
 from recipes.machinery.config import Settings
 from recipes.machinery.fairseq_tools import read_log, used_optimizer
-from recipes.machinery.record import DivergenceError, Outcome
+from recipes.machinery.record import DivergenceError, Outcome, is_point
 from recipes.tasks.iwslt14.data import Data, preprocess_command
 from recipes.tasks.iwslt14.tools import HELD_OUT, Tools, updates_of
 
@@ -94,7 +94,10 @@ def _follow(run: Run, tools: Tools, updates: int) -> None:
         for line in process.stdout:
             tag, logged = read_log(line)
             if tag == "train_inner":
-                run.step(int(logged["num_updates"]), updates, float(logged["loss"]))
+                step = int(logged["num_updates"])
+                if is_point(step, updates) and "gnorm" in logged:
+                    run.curve.gradient(step, float(logged["gnorm"]))
+                run.step(step, updates, float(logged["loss"]))
                 continue
             print(line, end="", flush=True)
             if tag in HELD_OUT:
