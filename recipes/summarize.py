@@ -21,6 +21,7 @@ from recipes.machinery import config, figures, tables
 from recipes.machinery.config import RECIPES
 from recipes.machinery.figures import Lines
 from recipes.machinery.record import results_folder
+from recipes.machinery.runs import Runs, read_runs
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
@@ -58,14 +59,14 @@ def overview() -> list[list[str]]:
 
 
 @cache  # the tables of a task and the overview are of the same records
-def _runs(task: str, folder: Path | None) -> dict[str, dict[str, tables.Runs]]:
+def _runs(task: str, folder: Path | None) -> dict[str, dict[str, Runs]]:
     """By configuration, if it has records."""
     names = sorted(file.stem for file in (config.task_folder(task) / "configs").glob("*.toml"))
     recorded = [name for name in names if any(results_folder(task, name, folder).glob("*.json"))]
-    return {name: tables.runs(task, name, folder) for name in recorded}
+    return {name: read_runs(task, name, folder) for name in recorded}
 
 
-def _section(task: str, name: str, every: dict[str, dict[str, tables.Runs]], folder: Path | None) -> Section:
+def _section(task: str, name: str, every: dict[str, dict[str, Runs]], folder: Path | None) -> Section:
     module, found = config.task_module(task), every[name]
     place = results_folder(task, name, folder)
     made, drawn = [], []

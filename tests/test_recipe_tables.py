@@ -14,6 +14,7 @@ from docs import size
 from recipes import report, run, summarize
 from recipes.machinery import config, figures, record, tables
 from recipes.machinery.config import RECIPES
+from recipes.machinery.runs import Runs, read_runs
 
 RATES = ("0.5", "1.0", "5.0")
 PUBLISHED = [task for task in config.TASKS if any(config.task_folder(task).glob("results/*/*.json"))]
@@ -31,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_row_is_of_the_best_point_with_all_its_seeds(results: Path) -> None:
-    found = tables.runs("landscape", "small", results)
+    found = read_runs("landscape", "small", results)
     assert found["sing_sgd"].best == (1.0, 0.0)
     assert [made["seed"] for made in found["sing_sgd"].chosen] == [0, 1, 2]
     assert len(found["sing_sgd"].records) == 5
@@ -53,7 +54,7 @@ def test_runs_with_other_settings_are_in_no_table(results: Path, tmp_path: Path)
     asked = ["landscape", "small", "--set", "train.epochs=50", "--results", str(tmp_path / "results")]
     assert run.main([*asked, "--work", str(tmp_path / "work")]) == 0
     assert len(record.read_all("landscape", "small", tmp_path / "results")) == 11
-    assert len(tables.runs("landscape", "small", tmp_path / "results")["sing_sgd"].records) == 5
+    assert len(read_runs("landscape", "small", tmp_path / "results")["sing_sgd"].records) == 5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(resu
 
 
 def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> None:
-    found = tables.runs("landscape", "small", results)
+    found = read_runs("landscape", "small", results)
     (layout,) = tables.layouts("landscape", "small")
     header, *rows = tables.table("landscape", layout | {"also": "place"}, found, {})
     at = header.index("test place: mean (range)")
@@ -94,7 +95,7 @@ def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> No
 
 
 def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
-    found = tables.runs("rde", "small")
+    found = read_runs("rde", "small")
     points = figures.evaluations("valid accuracy")
     last_step, last = points(found["adamw"].chosen[0])[-1]
     assert (last_step, last) == (3750, found["adamw"].metric("valid", "accuracy")[0])
@@ -108,7 +109,7 @@ def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
 
 
 def test_norms_of_gradients_are_drawn_for_what_has_gradients(tmp_path: Path) -> None:
-    found = tables.runs("digits", "small")
+    found = read_runs("digits", "small")
     file, labels = tmp_path / "drawn.svg", ["sing_adamw", "sing_no_freeze"]  # LayerNorm is frozen in the first
     assert figures.draw_curves(found, labels, figures.NORM_OF_LAYERNORMS, file, figures.gradient_norms(2))
     drawn = file.read_text()
@@ -133,7 +134,7 @@ def test_names_at_the_ends_of_lines_keep_their_order_and_a_distance() -> None:
     assert moved[1:] == pytest.approx([0.405, 0.505, 0.605])
 
 
-def runs_with(rates: dict[float, float]) -> tables.Runs:
+def runs_with(rates: dict[float, float]) -> Runs:
     """Tuning runs of RDE with one weight decay and these validation accuracies by learning rate."""
     settings = config.load("rde", "small", "adamw")
     decay = settings.optimizer["weight_decay"]
@@ -144,7 +145,7 @@ def runs_with(rates: dict[float, float]) -> tables.Runs:
         }
         for lr, accuracy in rates.items()
     ]
-    return tables.Runs(settings, records)
+    return Runs(settings, records)
 
 
 def test_the_basin_is_what_is_within_five_percent_of_the_best() -> None:
@@ -175,7 +176,7 @@ def test_published_overview_is_that_of_the_records() -> None:
 
 
 def test_overview_has_both_optimizers_and_who_is_better() -> None:
-    found = tables.runs("rde", "small")
+    found = read_runs("rde", "small")
     header, row = tables.overview({("rde", "small"): found, ("rde", "paper"): {"adamw": found["adamw"]}})
     shown = dict(zip(header, row, strict=True))
     (layout, *_) = tables.layouts("rde", "small")
@@ -202,7 +203,7 @@ def test_what_fails_at_multiples_of_the_best_rate_is_counted_on_further_seeds() 
         *(made(1e-2, seed, accuracy, None, None, 3) for seed, accuracy in ((1, 0.1), (2, None))),
     ]
     (layout,) = tables.layouts("digits", "small")
-    header, row = tables.beyond("digits", layout, {"adamw": tables.Runs(settings, records)})
+    header, row = tables.beyond("digits", layout, {"adamw": Runs(settings, records)})
     assert header == ["optimizer", "best lr", "at 1 × that", "at 2 × that", "at 5 × that", "at 10 × that"]
     assert row[:4] == ["adamw", "0.001", "0 of 2 fail, 0.0 spikes a run", "–"]
     assert row[4:] == ["1 of 2 fail, 2.0 spikes a run of 40 steps", "2 of 2 fail, 3.0 spikes a run, for good"]

@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recipes.machinery.tables import TO_PERCENT, Record, Runs
+from recipes.machinery.runs import Record, Runs
+from recipes.machinery.tables import TO_PERCENT
 
 STYLE: Any = {
     "svg.hashsalt": "sing-plugins",
@@ -68,7 +69,7 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
     spiked, there is a triangle.
 
     Args:
-        found: as recipes.machinery.tables.runs returns it.
+        found: as recipes.machinery.runs.read_runs returns it.
         labels: of the optimizers.
         name: of the value.
         file: to be written.

@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from recipes.machinery import config, record
-from recipes.machinery.config import Settings
-from recipes.machinery.search import Point, best, score, times
+from recipes.machinery import config
+from recipes.machinery.runs import Runs, point_of
+from recipes.machinery.search import times
 
 SEEDS = 3  # that a comparison needs
-BASIN_SHARE = 0.95  # the same, for a learning rate that is as good as the best
-STABLE_SHARE = 0.5  # of its own best validation metric, that an optimizer reaches with a stable learning rate
+COMPARED = ("paper", "small")  # the configurations of the overview; others are about a question of their own
 # Columns of the overview beside AdamW's: their labels, of which a configuration has one.
 VARIANTS = {
     "sing": ("sing_adamw", "sing"),
@@ -26,124 +21,6 @@ VARIANTS = {
     "sing, softplus_relative=1": ("sing_b1",),
 }
 TO_PERCENT = {"accuracy": 100, "f1": 1, "em": 1}  # what the metrics that are shown in percent are multiplied by
-
-Record = Mapping[str, Any]
-
-
-class Basin(NamedTuple):
-    """A range of good learning rates; whether it goes on beyond what was tried."""
-
-    low: float
-    high: float
-    is_open: bool
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The runs of one optimizer.
-
-    Attributes:
-        settings: as the configuration has them.
-        records: those with these settings, but for learning rate, weight decay and seed.
-    """
-
-    settings: Settings
-    records: Sequence[Record]
-
-    @cached_property
-    def scores(self) -> dict[Point, float]:
-        """Of the tuning runs, which are those with seed 0; higher is better."""
-        return {_point(made): score(made) for made in self.records if made["seed"] == 0}
-
-    @cached_property
-    def best(self) -> Point:
-        return best(self.scores)
-
-    @cached_property
-    def chosen(self) -> list[Record]:
-        """The runs with the best learning rate and weight decay, by seed."""
-        return sorted((made for made in self.records if _point(made) == self.best), key=lambda made: int(made["seed"]))
-
-    @property
-    def rates(self) -> dict[float, float]:
-        """The scores by learning rate, at the weight decay at which rates were compared."""
-        first = self.settings.optimizer["weight_decay"]
-        return {lr: value for (lr, decay), value in self.scores.items() if decay == first}
-
-    @property
-    def is_best_rate_at_edge(self) -> bool:
-        """Whether a learning rate beyond those that were tried might be better."""
-        return len(self.rates) > 1 and self.best[0] in (min(self.rates), max(self.rates))
-
-    @property
-    def highest_stable_rate(self) -> float | None:
-        """The highest rate with at least half of the optimizer's best validation metric, if higher is better."""
-        top = max(self.scores.values())
-        return max((lr for lr, value in self.rates.items() if value >= STABLE_SHARE * top > 0), default=None)
-
-    @property
-    def other_seeds(self) -> list[tuple[float, float]]:
-        """Learning rate and score of the runs at that weight decay that are not the tuning's."""
-        first = self.settings.optimizer["weight_decay"]
-        return [
-            (lr, score(made)) for made in self.records if made["seed"] for lr, decay in [_point(made)] if decay == first
-        ]
-
-    @property
-    def basin(self) -> Basin | None:
-        """The learning rates with at least 95 % of the best validation metric among :attr:`rates`.
-
-        That is read off straight lines between them over the logarithm of the rate; for metrics of which higher is
-        better. None where fewer than two were tried.
-        """
-        rates = sorted(self.rates)
-        top = max(self.rates.values(), default=-math.inf)
-        if len(rates) < 2 or not top > 0:
-            return None
-        good = BASIN_SHARE * top
-        values = [max(self.rates[lr], 0.0) for lr in rates]
-        peak = values.index(top)
-        low = _crossing(rates[peak::-1], values[peak::-1], good)
-        high = _crossing(rates[peak:], values[peak:], good)
-        return Basin(low, high, is_open=low == rates[0] or high == rates[-1])
-
-    def metric(self, split: str, name: str) -> list[float]:
-        """Of the chosen runs, by seed; those that diverged have none."""
-        return [made["metrics"][f"{split} {name}"] for made in self.chosen if made["metrics"]]
-
-
-def runs(task: str, name: str, folder: Path | None = None) -> dict[str, Runs]:
-    """The runs of each optimizer that has any, in the configuration's order.
-
-    Args:
-        task: one of :data:`recipes.machinery.config.TASKS`.
-        name: of the configuration.
-        folder: with a folder of records for each task, instead of ``recipes/tasks/TASK/results``.
-    """
-    records = record.read_all(task, name, folder)
-    found = {}
-    for label in config.labels(task, name):
-        settings = config.load(task, name, label)
-        mine = [
-            made
-            for made in records
-            if made["label"] == label and made["stem"] == settings.at(*_point(made), seed=made["seed"]).stem
-        ]
-        if mine:
-            found[label] = Runs(settings, mine)
-    return found
-
-
-def _crossing(rates: Sequence[float], values: Sequence[float], good: float) -> float:
-    """Where, going from the first rate on, the value falls below what is good; else the last rate."""
-    for (lr, value), (further, lower) in pairwise(zip(rates, values, strict=True)):
-        if lower < good:
-            return float(lr * (further / lr) ** ((value - good) / (value - lower)))
-    return rates[-1]
-
-
-def _point(made: Record) -> Point:
-    return made["optimizer"]["lr"], made["optimizer"]["weight_decay"]
 
 
 def verdict(one: Sequence[float], other: Sequence[float], *, higher_is_better: bool) -> str:
@@ -176,7 +53,7 @@ def table(
         task: one of :data:`recipes.machinery.config.TASKS`.
         layout: an entry of the configuration's ``[[summary]]``: ``title``, ``rows`` (labels), ``against`` (a label) and
             ``also`` (another metric that is to be seen).
-        found: as :func:`runs` returns it.
+        found: as recipes.machinery.runs.read_runs returns it.
         reported: by label, what the paper reports.
     """
     module = config.task_module(task)
@@ -222,7 +99,7 @@ def beyond(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> l
         task: one of :data:`recipes.machinery.config.TASKS`.
         layout: an entry of the configuration's ``[[summary]]`` with ``failed_below``: the test metric below which a run
             has failed.
-        found: as :func:`runs` returns it.
+        found: as recipes.machinery.runs.read_runs returns it.
     """
     metric = config.task_module(task).METRIC
     factors = [1, *next(iter(found.values())).settings["tune"]["beyond"]] if found else []
@@ -233,7 +110,7 @@ def beyond(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> l
         mine, cells = found[label], []
         for factor in factors:
             point = times(mine.best[0], factor), mine.best[1]
-            at = [made for made in mine.records if made["seed"] and _point(made) == point]
+            at = [made for made in mine.records if made["seed"] and point_of(made) == point]
             failed = sum(made["metrics"].get(f"test {metric}", -math.inf) < layout["failed_below"] for made in at)
             lasted = sorted(
                 math.inf if steps is None else steps for made in at for steps in made["recoveries"] if made["spikes"]
@@ -248,7 +125,7 @@ def across(layout: Mapping[str, Any], found: Mapping[str, Mapping[str, Runs]]) -
 
     Args:
         layout: an entry of a configuration's ``[[summary]]`` with ``across``: the names of the configurations.
-        found: by configuration, as :func:`runs` returns it.
+        found: by configuration, as recipes.machinery.runs.read_runs returns it.
     """
     rows = [["optimizer", *layout["across"], "largest / smallest"]]
     for label in layout["rows"]:
@@ -275,10 +152,12 @@ def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[s
     """SING beside AdamW: the header, and a row for each configuration that has records of both.
 
     Args:
-        found: by task and configuration, as :func:`runs` returns it.
+        found: by task and configuration, as recipes.machinery.runs.read_runs returns it.
     """
     rows = [["task", "configuration", "data", "metric", "adamw", *VARIANTS]]
     for (task, name), mine in found.items():
+        if name not in COMPARED:
+            continue
         module = config.task_module(task)
         metric, higher = module.METRIC, module.HIGHER_IS_BETTER
         labels = [next((label for label in variant if label in mine), None) for variant in VARIANTS.values()]

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from recipes.machinery.figures import STYLE, grid, save
-from recipes.machinery.tables import Runs
+from recipes.machinery.runs import Runs
 from recipes.tasks.landscape.task import landscape
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from recipes.machinery.figures import STYLE, grid, save
-from recipes.machinery.tables import Runs
+from recipes.machinery.runs import Runs
 
 SHOWN = ("adamw", "sing_adamw")
 
