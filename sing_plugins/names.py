@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sing_plugins.hosts import HOSTS
-from sing_plugins.optimizer import HOST_OPTIONS, IDLE_SOFTPLUS, SING
+from sing_plugins.optimizer import HOST_OPTIONS, IDLE_SOFTPLUS, SING, SOFTPLUS_BETA
 from sing_plugins.options import OPTIONS, Option, shown, signature_options
 from sing_plugins.wrapper import wrap
 
@@ -59,7 +59,7 @@ class Named:
 
     def wants_more_lr(self, options: Mapping[str, Any]) -> bool:
         """Whether, with these options, softplus damps large tensors, so that the host's own lr would be too low."""
-        has_beta = "softplus_beta" in self.options and options.get("softplus_beta", 50.0) is not None
+        has_beta = "softplus_beta" in self.options and options.get("softplus_beta", SOFTPLUS_BETA) is not None
         return has_beta and options.get("softplus_relative") is None
 
     def parse(self, options: Mapping[str, object]) -> dict[str, Any]:

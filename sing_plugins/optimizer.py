@@ -24,8 +24,13 @@ HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.opti
 
 _CPU = torch.device("cpu")
 
+SOFTPLUS_BETA = 50.0  # the paper's
+
 # Values that ask for no softplus, or for the one that nobody has to ask for.
-IDLE_SOFTPLUS: dict[str, tuple[float | None, ...]] = {"softplus_beta": (None, 50.0), "softplus_relative": (None,)}
+IDLE_SOFTPLUS: dict[str, tuple[float | None, ...]] = {
+    "softplus_beta": (None, SOFTPLUS_BETA),
+    "softplus_relative": (None,),
+}
 
 # Param group keys of the optimizer file published with the paper -> ours.
 PAPER_KEYS = {"grad_central": "centralize", "grad_norm": "normalize", "la_alpha": "lookahead_alpha"}
@@ -114,7 +119,7 @@ class SING(Standardizing):
         clip_threshold: float | None = None,
         centralize: bool = True,
         normalize: bool = True,
-        softplus_beta: float | None = 50.0,
+        softplus_beta: float | None = SOFTPLUS_BETA,
         softplus_relative: float | None = None,
         lookahead_k: int | None = 5,
         lookahead_alpha: float = 0.5,
@@ -409,7 +414,7 @@ def _check_options(group: ParamGroup, host: str) -> None:
                 f"Invalid {name}: {group[name]!r}. The host {host!r} has no denominator for softplus; leave it out."
             )
     if group["softplus_relative"] is not None:
-        for name, wanted in {"softplus_beta": 50.0, "normalize": True}.items():
+        for name, wanted in {"softplus_beta": SOFTPLUS_BETA, "normalize": True}.items():
             if group[name] != wanted:
                 raise ValueError(
                     f"Invalid {name}: {group[name]!r} with softplus_relative={group['softplus_relative']!r}, which "
