@@ -16,8 +16,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from sing_plugins.group_options import HOST_OPTIONS, IDLE_SOFTPLUS, SOFTPLUS_BETA
 from sing_plugins.hosts import HOSTS
-from sing_plugins.optimizer import HOST_OPTIONS, IDLE_SOFTPLUS, SING, SOFTPLUS_BETA
+from sing_plugins.optimizer import SING
 from sing_plugins.options import OPTIONS, Option, shown, signature_options
 from sing_plugins.wrapper import wrap
 

@@ -10,30 +10,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_group, check_saved_state
+from sing_plugins.group_options import SOFTPLUS_BETA, adopt_paper_group, check_group, host_options
 from sing_plugins.hosts import HOSTS, Totals
 from sing_plugins.kernels import asked_for, of_torch, takes_state
 from sing_plugins.lookahead import SLOW
-from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS, PROPAGATE, check_options, plain, shown
+from sing_plugins.options import FOREACH, FUSED, PROPAGATE, plain
 from sing_plugins.sharded import ShardedTotals, distributed_like, local
 from sing_plugins.standardize import is_dtensor, working_dtype
 from sing_plugins.step import SKIPPED, Batch, Standardizing, gradient
 from sing_plugins.update import COMPENSATION, apply
 
-# The options that only some hosts have; None in the constructor stands for the host's own default.
-HOST_OPTIONS = sorted({option for host in HOSTS.values() for option in host.options})
-
 _CPU = torch.device("cpu")
-
-SOFTPLUS_BETA = 50.0  # the paper's
-
-# Values that ask for no softplus, or for the one that nobody has to ask for.
-IDLE_SOFTPLUS: dict[str, tuple[float | None, ...]] = {
-    "softplus_beta": (None, SOFTPLUS_BETA),
-    "softplus_relative": (None,),
-}
-
-# Param group keys of the optimizer file published with the paper -> ours.
-PAPER_KEYS = {"grad_central": "centralize", "grad_norm": "normalize", "la_alpha": "lookahead_alpha"}
 
 
 class SING(Standardizing):
@@ -82,11 +69,6 @@ class SING(Standardizing):
         decay_all: let weight decay reach tensors of zero and one dimension too, as torch.optim.AdamW does. With it
             and the four components off (``centralize=normalize=False, softplus_beta=lookahead_k=None``), the host
             adamw equals torch.optim.AdamW.
-
-    Parameters in float16 and bfloat16 keep their state in float32. They are updated in float32 and then rounded to
-    their dtype, in which a change below half a unit in the last place is lost (of 1.0 in bfloat16, one below 0.002);
-    ``kahan_sum`` keeps it. A zero gradient gives a zero update.
-
         nonfinite: what a step does whose gradients have entries that are NaN or infinite. ``"propagate"`` (default):
             as torch's optimizers, it takes them in, but normalization spreads one over its whole tensor. ``"skip"``:
             nothing of the step happens, for no parameter; the param groups count such steps in ``skipped_steps``, and
@@ -94,6 +76,10 @@ class SING(Standardizing):
             once more in every step, for which an accelerator is waited for.
         kahan_sum: for parameters in float16 and bfloat16: keep what rounding loses in another tensor of their dtype
             (2 bytes a parameter), and add it to the next step's. Default False.
+
+    Parameters in float16 and bfloat16 keep their state in float32. They are updated in float32 and then rounded to
+    their dtype, in which a change below half a unit in the last place is lost (of 1.0 in bfloat16, one below 0.002);
+    ``kahan_sum`` keeps it. A zero gradient gives a zero update.
 
     Raises:
         ValueError: a hyper-parameter that is not accepted, or that the host does not have.
@@ -157,10 +143,10 @@ class SING(Standardizing):
             "nonfinite": nonfinite,
             SKIPPED: 0,
             "kahan_sum": kahan_sum,
-            **_host_options(host, {name: plain(value) for name, value in given.items() if value is not None}),
+            **host_options(host, {name: plain(value) for name, value in given.items() if value is not None}),
         }
         defaults = {name: plain(value) for name, value in defaults.items()}
-        _check_options(defaults, host)
+        check_group(defaults, host)
         super().__init__(params, defaults)
 
     _can_be_traced = True
@@ -171,7 +157,7 @@ class SING(Standardizing):
         return str(self.defaults["host"])
 
     def _check_group(self, group: ParamGroup) -> None:
-        _check_options(group, self.host)
+        check_group(group, self.host)
 
     def _add_param_group(self, param_group: ParamGroup) -> None:
         if isinstance(param_group, dict):
@@ -182,7 +168,7 @@ class SING(Standardizing):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            _adopt_paper_group(group)
+            adopt_paper_group(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         for values in self.state.values():
@@ -204,7 +190,7 @@ class SING(Standardizing):
             for group in hooked["param_groups"]:
                 check_saved_by("adamw" if "grad_central" in group else group.get("host"), self.host)
                 group = dict(group)
-                _adopt_paper_group(group)
+                adopt_paper_group(group)
                 check_saved_group(group, self.defaults, self._prefix, self._check_group)
             check_saved_state(hooked, self.param_groups, self._needed, (SLOW, COMPENSATION))
             accepted.update(hooked)
@@ -378,61 +364,3 @@ class SING(Standardizing):
 def _counter(step: float, device: torch.device = _CPU) -> Tensor:
     # Whatever the default dtype and device of the script: bfloat16 counts to 256.
     return torch.tensor(float(step), dtype=torch.float32, device=device)
-
-
-def _host_options(host: object, given: ParamGroup) -> ParamGroup:
-    """The host's own hyper-parameters: its defaults, overridden by what was given."""
-    if not isinstance(host, str) or host not in HOSTS:
-        raise ValueError(
-            f"Invalid host: {shown(host)}. Accepted: {', '.join(HOSTS)}; for any other use sing_plugins.wrap."
-        )
-    for name in given:
-        if name not in HOSTS[host].options:
-            having = ", ".join(other for other in HOSTS if name in HOSTS[other].options)
-            raise ValueError(
-                f"Invalid {name}: {shown(given[name])}. The host {host!r} has no {name} ({having} have it)."
-            )
-        OPTIONS[name].check(given[name])
-    given = {name: value for name, value in given.items() if value or name not in HOSTS[host].without_default}
-    return {**HOSTS[host].defaults, **given}
-
-
-def _check_options(group: ParamGroup, host: str) -> None:
-    if group["host"] != host:
-        raise ValueError(f"Invalid host: {group['host']!r} in a param group. Accepted: {host!r}, as in all groups.")
-    check_options(group)
-    if group["foreach"] is not None and group["implementation"] not in (AUTO, FOREACH if group["foreach"] else LOOP):
-        raise ValueError(
-            f"Invalid foreach: {group['foreach']!r} with the implementation {group['implementation']!r}. Give one of "
-            "the two."
-        )
-    if group.get("nesterov") and not group["momentum"]:
-        raise ValueError("Invalid nesterov: True with momentum 0. Give a momentum > 0 or leave nesterov out.")
-    for name, idle in IDLE_SOFTPLUS.items():
-        if not HOSTS[host].softplus and group[name] not in idle:
-            raise ValueError(
-                f"Invalid {name}: {group[name]!r}. The host {host!r} has no denominator for softplus; leave it out."
-            )
-    if group["softplus_relative"] is not None:
-        for name, wanted in {"softplus_beta": SOFTPLUS_BETA, "normalize": True}.items():
-            if group[name] != wanted:
-                raise ValueError(
-                    f"Invalid {name}: {group[name]!r} with softplus_relative={group['softplus_relative']!r}, which "
-                    "takes the place of softplus_beta and counts on gradients of norm 1. Give one of the two."
-                )
-
-
-def _adopt_paper_group(group: ParamGroup) -> None:
-    """Turn a param group of the optimizer file published with the paper into one of ours."""
-    if "grad_central" not in group:
-        return
-    for theirs, ours in PAPER_KEYS.items():
-        group[ours] = group.pop(theirs)
-    beta = float(group.pop("beta_softplus"))
-    group["softplus_beta"] = beta if group.pop("softplus") else None
-    period = group.pop("la_mergetime")
-    group["lookahead_k"] = period if group.pop("lookahead_active") else None
-    group["lookahead_step"] = group.pop("la_step", 0)
-    group["centralize_rows_of_one"] = True
-    group["decay_all"] = False
-    group["host"] = "adamw"
