@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from recipes.demo import data, report
+from recipes.demo.plan import PLAN
 from recipes.demo.report import Outcome, Run, Used
-from recipes.demo.run import PLAN
 from recipes.demo.with_fairseq import sub_words
 from recipes.machinery.fairseq_tools import read_log, used_optimizer
 from sing_plugins import SING
@@ -187,13 +187,15 @@ def test_table_shows_the_class_the_losses_and_the_metric() -> None:
 
 
 def test_each_framework_is_planned_with_its_own_optimizer_and_with_sing() -> None:
-    for own, sing in PLAN.values():
+    for own, by_size, published in PLAN.values():
         assert not own.name.startswith("sing")
-        assert sing.name.startswith("sing")
-        assert own.lr in own.looked_at
-        assert sing.lr in sing.looked_at
-        assert sing.looked_at == pytest.approx([10 * lr for lr in own.looked_at])
-        assert sing.weight_decay == pytest.approx(own.weight_decay / 10)
+        assert by_size.name == published.name == published.label
+        assert published.name.startswith("sing")
+        assert by_size.label == f"{published.name}, softplus_relative=4"
+        assert all(choice.lr in choice.looked_at for choice in (own, by_size, published))
+        assert by_size.looked_at == own.looked_at
+        assert published.looked_at == pytest.approx([10 * lr for lr in own.looked_at])
+        assert by_size.weight_decay == published.weight_decay == pytest.approx(own.weight_decay / 10)
 
 
 @pytest.mark.parametrize("autoload", ["1", "0"])
@@ -207,11 +209,12 @@ def test_exit_code_is_zero_only_if_sing_trained(autoload: str, tmp_path: Path) -
     )
     output = process.stdout
     results = {
-        (run["framework"], run["optimizer"]): run["outcome"]["used"]
+        (run["framework"], run["optimizer"]): run["outcome"] and run["outcome"]["used"]
         for run in json.loads((tmp_path / "results.json").read_text())["runs"]
     }
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     assert results["Accelerate", "sing_adamw"]["sing"]
+    assert results["Accelerate", "sing_adamw, softplus_relative=4"]["sing"]
     assert results["timm", "sing_adamw"] == (
         {"name": "sing_plugins.SING", "sing": True} if autoload == "1" else {"name": "torch.AdamW", "sing": False}
     )
@@ -221,3 +224,4 @@ def test_exit_code_is_zero_only_if_sing_trained(autoload: str, tmp_path: Path) -
     else:
         assert process.returncode == 1, output + process.stderr
         assert "timm, sing_adamw: torch.AdamW trained, which is not SING" in output
+        assert results["timm", "sing_adamw, softplus_relative=4"] is None  # an option that AdamW does not have

@@ -49,15 +49,12 @@ class Outcome:
     metrics: dict[str, float]
 
 
-Train = Callable[[str, float, float, OnStep, int], Outcome]  # optimizer's name, lr, weight decay, …, steps
-
-
 @dataclass
 class Run:
     """One training run.
 
     Attributes:
-        optimizer: the name that was asked for.
+        optimizer: the name that was asked for, and its options.
         losses: the loss of every step.
         step_ends: when each step ended, in seconds.
         outcome: None where the run failed.
@@ -162,8 +159,8 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     rows = math.ceil(len(frameworks) / 2)
     figure, axes = pyplot.subplots(rows, 2, figsize=(11, 4 * rows), squeeze=False, layout="constrained")
     for panel, framework in zip(axes.flat, frameworks, strict=False):
-        for run in (run for run in runs if run.framework == framework and run.losses):
-            color = "tab:orange" if run.wants_sing else "tab:blue"
+        for index, run in enumerate(run for run in runs if run.framework == framework and run.losses):
+            color = f"C{index}"
             steps = range(1, len(run.losses) + 1)
             panel.plot(steps, run.losses, color=color, alpha=0.2, linewidth=0.8)
             panel.plot(steps, smooth(run.losses), color=color, label=f"{run.optimizer}, lr {run.lr:g}")

@@ -1,4 +1,4 @@
-"""Train a small real model by name with AdamW and with SING through each of the four frameworks.
+"""Train a small real model by name with AdamW and twice with SING through each of the four frameworks.
 
     python recipes/demo/run.py
 
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder
 
 from recipes.demo import data  # noqa: E402
-from recipes.demo.report import Run, Train, draw, problems, table, write_json  # noqa: E402
+from recipes.demo.plan import PLAN, Choice, Train  # noqa: E402
+from recipes.demo.report import Run, draw, problems, table, write_json  # noqa: E402
 from recipes.machinery.progress import Progress  # noqa: E402
 
 THREADS = 2
@@ -37,43 +38,6 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
 }
 WITH_WHEELS = frozenset({"Transformers", "fairseq"})
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An optimizer's name in a framework, and its settings.
-
-    Attributes:
-        name: the name that the framework is asked for.
-        lr: the learning rate that the look (``--look``) chose.
-        weight_decay: not looked for: SING's is a tenth of AdamW's.
-        looked_at: the learning rates of the look.
-    """
-
-    name: str
-    lr: float
-    weight_decay: float
-    looked_at: tuple[float, float, float]
-
-
-PLAN: dict[str, tuple[Choice, Choice]] = {
-    "timm": (
-        Choice("adamw", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
-        Choice("sing_adamw", 1e-1, 0.005, (1e-2, 3e-2, 1e-1)),
-    ),
-    "Accelerate": (
-        Choice("adamw", 1e-2, 0.05, (3e-3, 1e-2, 3e-2)),
-        Choice("sing_adamw", 3e-2, 0.005, (3e-2, 1e-1, 3e-1)),
-    ),
-    "Transformers": (
-        Choice("adamw_torch", 1e-4, 0.01, (3e-5, 1e-4, 3e-4)),
-        Choice("sing_adamw", 3e-3, 0.001, (3e-4, 1e-3, 3e-3)),
-    ),
-    "fairseq": (
-        Choice("adam", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
-        Choice("sing", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
-    ),
-}
 
 
 @contextmanager
@@ -114,7 +78,7 @@ def carry_out(
         progress.say(f"{framework} failed: {error!r}; see {log}")
         return []
     for choice in choices:
-        run = Run(framework, part.WORKLOAD, part.METRIC, choice.name, choice.lr, choice.weight_decay)
+        run = Run(framework, part.WORKLOAD, part.METRIC, choice.label, choice.lr, choice.weight_decay)
         runs.append(run)
         title = f"{framework}, {run.optimizer}, lr {run.lr:g}"
 
@@ -126,7 +90,7 @@ def carry_out(
         progress.say(f"{title}: {run.workload}")
         try:
             with output_to(log):
-                run.outcome = train(choice.name, choice.lr, choice.weight_decay, on_step, steps or part.STEPS)
+                run.outcome = train(choice, on_step, steps or part.STEPS)
         except Exception as error:
             record(log)
             run.error = f"{error!r}; see {log}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.demo.data import SPLITS, digits
-from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.demo.plan import Choice, Train
+from recipes.demo.report import OnStep, Outcome, Used
 
 WORKLOAD = "convolutional net, digits"
 METRIC = "accuracy"
@@ -27,7 +29,7 @@ def prepare(folder: Path) -> Train:
     return train
 
 
-def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, steps: int = STEPS) -> Outcome:
+def train(choice: Choice, on_step: OnStep, steps: int = STEPS) -> Outcome:
     """Train with ``torch.optim.AdamW`` or the optimizer of that name; accuracy is in percent."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -35,14 +37,15 @@ def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, 
 
     model = small_net()
     optimizer: torch.optim.Optimizer
-    if optimizer_name == "adamw":
-        optimizer = AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    settings: dict[str, Any] = {"lr": choice.lr, "weight_decay": choice.weight_decay, **choice.options}
+    if choice.name == "adamw":
+        optimizer = AdamW(model.parameters(), **settings)
     else:
         from sing_accelerate import create_optimizer
 
-        optimizer = create_optimizer(accelerator, model, optimizer_name, lr=lr, weight_decay=weight_decay)
+        optimizer = create_optimizer(accelerator, model, choice.name, **settings)
     loader = DataLoader(data["train"], batch_size=BATCH, shuffle=True, drop_last=True)
-    scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    scheduler = OneCycleLR(optimizer, max_lr=choice.lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     for step, (images, labels) in enumerate(islice(chain.from_iterable(repeat(loader)), steps), start=1):

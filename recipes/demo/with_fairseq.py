@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from recipes.demo.data import SPLITS, Message, fetch, read_messages, translations, words
-from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.demo.plan import Choice, Train
+from recipes.demo.report import OnStep, Outcome, Used
 from recipes.machinery.data import split
 from recipes.machinery.fairseq_tools import command, read_log, used_optimizer
 
@@ -73,9 +74,7 @@ def preprocess(messages: Sequence[Message], folder: Path) -> Path:
 
 
 def train(
-    optimizer_name: str,
-    lr: float,
-    weight_decay: float,
+    choice: Choice,
     on_step: OnStep,
     steps: int = STEPS,
     *,
@@ -85,9 +84,10 @@ def train(
     """Run ``fairseq-train --optimizer`` with that name and read its log and its checkpoint."""
     shutil.rmtree(output, ignore_errors=True)
     options = {
-        "optimizer": optimizer_name,
-        "lr": lr,
-        "weight-decay": weight_decay,
+        "optimizer": choice.name,
+        "lr": choice.lr,
+        "weight-decay": choice.weight_decay,
+        **{f"sing-{option.replace('_', '-')}": value for option, value in choice.options.items()},
         "lr-scheduler": "cosine",
         "warmup-updates": steps // 20,
         "warmup-init-lr": 0.0,

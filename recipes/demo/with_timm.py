@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from recipes.demo.data import SPLITS, digits
-from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.demo.plan import Choice, Train
+from recipes.demo.report import OnStep, Outcome, Used
 
 WORKLOAD = "small ConvNeXt, digits"
 METRIC = "accuracy"
@@ -26,7 +27,7 @@ def prepare(folder: Path) -> Train:
     return train
 
 
-def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, steps: int = STEPS) -> Outcome:
+def train(choice: Choice, on_step: OnStep, steps: int = STEPS) -> Outcome:
     """Train with the optimizer of that name in timm; accuracy is in percent."""
     torch.manual_seed(0)
     data = digits()
@@ -41,7 +42,9 @@ def train(optimizer_name: str, lr: float, weight_decay: float, on_step: OnStep, 
         dims=(32, 48, 64, 96),
         ls_init_value=None,
     )
-    optimizer = create_optimizer_v2(model, opt=optimizer_name, lr=lr, weight_decay=weight_decay)
+    optimizer = create_optimizer_v2(
+        model, opt=choice.name, lr=choice.lr, weight_decay=choice.weight_decay, **choice.options
+    )
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 20, warmup_prefix=True, t_in_epochs=False
     )

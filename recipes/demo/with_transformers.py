@@ -26,7 +26,8 @@ from recipes.demo.data import (
     messages_by_project,
     read_messages,
 )
-from recipes.demo.report import OnStep, Outcome, Train, Used
+from recipes.demo.plan import Choice, Train
+from recipes.demo.report import OnStep, Outcome, Used
 from recipes.machinery import minilm
 from recipes.machinery.data import split
 
@@ -45,9 +46,7 @@ def prepare(folder: Path) -> Train:
 
 
 def train(
-    optimizer_name: str,
-    lr: float,
-    weight_decay: float,
+    choice: Choice,
     on_step: OnStep,
     steps: int = STEPS,
     *,
@@ -63,9 +62,10 @@ def train(
 
     arguments = TrainingArguments(
         output_dir=str(output),
-        optim=optimizer_name,
-        learning_rate=lr,
-        weight_decay=weight_decay,
+        optim=choice.name,
+        optim_args=",".join(f"{option}={value:g}" for option, value in choice.options.items()) or None,
+        learning_rate=choice.lr,
+        weight_decay=choice.weight_decay,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         max_steps=steps,
