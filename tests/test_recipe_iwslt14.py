@@ -272,14 +272,16 @@ def record_of(folder: Path, results: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, int]:
-    """Exit codes of runs that other processes do, two at a time."""
+    """Exit codes of runs that other processes do, two at a time; what they say is in ``NAME.log``."""
 
-    def python(*command: str) -> int:
+    def python(name: str, *command: str) -> int:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, *command], env=environment, timeout=600).returncode
+        with (folder / f"{name}.log").open("a") as log:
+            program = [sys.executable, *command]
+            return subprocess.run(program, env=environment, timeout=600, stdout=log, stderr=log).returncode
 
     def once(results: str, *more: str, tiny: list[str] = TINY) -> int:
-        return python(str(RECIPES / "run.py"), *arguments(folder, results, *more, tiny=tiny))
+        return python(results, str(RECIPES / "run.py"), *arguments(folder, results, *more, tiny=tiny))
 
     def twice() -> int:
         stopped = once("parts", "--stop-after", "6")
@@ -288,7 +290,7 @@ def runs(folder: Path) -> dict[str, int]:
     def two_processes() -> int:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
         few = [*TINY, "train.epochs=2", "train.update_freq=2", "train.average=1"]
-        return python(*launcher, str(RECIPES / "run.py"), *arguments(folder, "two", tiny=few))
+        return python("two", *launcher, str(RECIPES / "run.py"), *arguments(folder, "two", tiny=few))
 
     with ThreadPoolExecutor(2) as pool:
         jobs = {
@@ -301,7 +303,7 @@ def runs(folder: Path) -> dict[str, int]:
 
 
 def test_the_papers_configuration_runs(folder: Path, runs: dict[str, int]) -> None:
-    assert runs["whole"] == 0
+    assert runs["whole"] == 0, (folder / "whole.log").read_text()
     record = record_of(folder, "whole")
     assert (record["status"], record["optimizer_class"]) == ("finished", "FairseqSING")
     names = {f"{split} {metric}" for split in ("valid", "test") for metric in ("loss", "bleu", "sacrebleu")}
@@ -313,14 +315,14 @@ def test_the_papers_configuration_runs(folder: Path, runs: dict[str, int]) -> No
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(folder: Path, runs: dict[str, int]) -> None:
-    assert runs["parts"] == 100 * run.STOPPED
+    assert runs["parts"] == 100 * run.STOPPED, (folder / "parts.log").read_text()
     whole, parts = (record_of(folder, results) for results in ("whole", "parts"))
     assert parts.pop("seconds") != whole.pop("seconds")
     assert parts == whole
 
 
 def test_two_processes_share_an_epoch(folder: Path, runs: dict[str, int]) -> None:
-    assert runs["two"] == 0
+    assert runs["two"] == 0, (folder / "two.log").read_text()
     record, alone = record_of(folder, "two"), record_of(folder, "whole")
     assert (record["status"], record["hardware"]["processes"]) == ("finished", 2)
     assert record["evaluations"][0]["step"] == alone["evaluations"][0]["step"]
@@ -329,7 +331,7 @@ def test_two_processes_share_an_epoch(folder: Path, runs: dict[str, int]) -> Non
 
 
 def test_a_run_that_diverges_is_recorded(folder: Path, runs: dict[str, int]) -> None:
-    assert runs["diverged"] == 0
+    assert runs["diverged"] == 0, (folder / "diverged.log").read_text()
     record = record_of(folder, "diverged")
     assert record["status"].startswith("diverged: ")
     assert record["metrics"] == {}

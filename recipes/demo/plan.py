@@ -8,7 +8,8 @@ from typing import Any
 
 from recipes.demo.report import OnStep, Outcome
 
-BY_SIZE = {"softplus_relative": 4.0}
+BY_SIZE = {"softplus_relative": 4}
+TRAINED = {"freeze": "none"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Choice:
     @property
     def label(self) -> str:
         """The name and the options."""
-        return ", ".join([self.name, *(f"{option}={value:g}" for option, value in self.options.items())])
+        return ", ".join([self.name, *(f"{option}={value}" for option, value in self.options.items())])
 
 
 Train = Callable[[Choice, OnStep, int], Outcome]  # …, steps
@@ -55,7 +56,7 @@ PLAN: dict[str, tuple[Choice, Choice, Choice]] = {
     ),
     "fairseq": (
         Choice("adam", 3e-3, 0.05, (1e-3, 3e-3, 1e-2)),
-        Choice("sing", 1e-2, 0.005, (1e-3, 3e-3, 1e-2), BY_SIZE),
+        Choice("sing", 1e-2, 0.005, (1e-3, 3e-3, 1e-2), BY_SIZE | TRAINED),
         Choice("sing", 1e-2, 0.005, (1e-2, 3e-2, 1e-1)),
     ),
 }
