@@ -33,7 +33,17 @@ class Choice:
     @property
     def label(self) -> str:
         """The name and the options."""
-        return ", ".join([self.name, *(f"{option}={value}" for option, value in self.options.items())])
+        return ", ".join([self.name, *self.assignments])
+
+    @property
+    def assignments(self) -> list[str]:
+        """The options as ``option=value``."""
+        return [f"{option}={value}" for option, value in self.options.items()]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the name, as arguments of an optimizer."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **self.options}
 
 
 Train = Callable[[Choice, OnStep, int], Outcome]  # …, steps

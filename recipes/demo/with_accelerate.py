@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,13 +36,12 @@ def train(choice: Choice, on_step: OnStep, steps: int = STEPS) -> Outcome:
 
     model = small_net()
     optimizer: torch.optim.Optimizer
-    settings: dict[str, Any] = {"lr": choice.lr, "weight_decay": choice.weight_decay, **choice.options}
     if choice.name == "adamw":
-        optimizer = AdamW(model.parameters(), **settings)
+        optimizer = AdamW(model.parameters(), **choice.settings)
     else:
         from sing_accelerate import create_optimizer
 
-        optimizer = create_optimizer(accelerator, model, choice.name, **settings)
+        optimizer = create_optimizer(accelerator, model, choice.name, **choice.settings)
     loader = DataLoader(data["train"], batch_size=BATCH, shuffle=True, drop_last=True)
     scheduler = OneCycleLR(optimizer, max_lr=choice.lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)

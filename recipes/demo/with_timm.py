@@ -42,9 +42,7 @@ def train(choice: Choice, on_step: OnStep, steps: int = STEPS) -> Outcome:
         dims=(32, 48, 64, 96),
         ls_init_value=None,
     )
-    optimizer = create_optimizer_v2(
-        model, opt=choice.name, lr=choice.lr, weight_decay=choice.weight_decay, **choice.options
-    )
+    optimizer = create_optimizer_v2(model, opt=choice.name, **choice.settings)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 20, warmup_prefix=True, t_in_epochs=False
     )

@@ -63,7 +63,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(output),
         optim=choice.name,
-        optim_args=",".join(f"{option}={value}" for option, value in choice.options.items()) or None,
+        optim_args=",".join(choice.assignments) or None,
         learning_rate=choice.lr,
         weight_decay=choice.weight_decay,
         lr_scheduler_type="cosine",

@@ -80,9 +80,9 @@ def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, fil
     """
     of_batch = name in OF_BATCH
     lines = {label: [points(made) for made in found[label].chosen] for label in labels if label in found}
-    if not any(seed for seeds in lines.values() for seed in seeds):
-        return False
     values = [value for seeds in lines.values() for seed in seeds for _, value in seed]
+    if not values:
+        return False
     with plt.rc_context(STYLE):
         figure, (axes,) = grid(1, 1, 7.0, 4.0)
         ends: dict[str, tuple[float, float]] = {}
@@ -229,8 +229,8 @@ def gradient_norms(of: int) -> Lines:
     """A column of the record's ``gradients``; nothing for parameters that have none, such as frozen ones."""
 
     def points(made: Record) -> Points:
-        rows = made.get("gradients", [])
-        return [(row[0], row[of]) for row in rows] if any(any(row[of:]) for row in rows) else []
+        norms = [(row[0], norm) for row in made.get("gradients", []) for norm in row[of : of + 1]]
+        return norms if any(norm for _, norm in norms) else []
 
     return points
 
