@@ -17,9 +17,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 
-from recipes.machinery import config, figures, tables
+from recipes.machinery import config, curves, figures, tables
 from recipes.machinery.config import RECIPES
-from recipes.machinery.figures import Lines
+from recipes.machinery.curves import Lines
 from recipes.machinery.record import results_folder
 from recipes.machinery.runs import Runs, read_runs
 
@@ -78,16 +78,21 @@ def _section(task: str, name: str, every: dict[str, dict[str, Runs]], folder: Pa
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
         if name == next(iter(layout.get("across", ())), None):
             made.append(("The best learning rate by configuration", tables.across(layout, every)))
+            file = place / f"transfer-{number}.svg"
+            figures.draw_transfer(every, layout["across"], layout["rows"], module.METRIC, file)
+            drawn.append(
+                (file, f"{layout['title']}: validation {module.METRIC} over the learning rate, by configuration")
+            )
         lines: list[tuple[str, str, Lines]] = [
-            ("curves", figures.LOSS, figures.training_loss),
-            ("gradients", figures.NORM, figures.gradient_norms(1)),
-            ("layernorms", figures.NORM_OF_LAYERNORMS, figures.gradient_norms(2)),
+            ("curves", curves.LOSS, curves.training_loss),
+            ("gradients", curves.NORM, curves.gradient_norms(1)),
+            ("layernorms", curves.NORM_OF_LAYERNORMS, curves.gradient_norms(2)),
         ]
         if on_the_way := getattr(module, "ON_THE_WAY", None):
-            lines.append(("evaluations", on_the_way, figures.evaluations(on_the_way)))
+            lines.append(("evaluations", on_the_way, curves.evaluations(on_the_way)))
         for kind, value, points in lines:
             file = place / f"{kind}-{number}.svg"
-            if figures.draw_curves(found, layout["rows"], value, file, points):
+            if curves.draw_curves(found, layout["rows"], value, file, points):
                 drawn.append((file, f"{layout['title']}: {value}, mean and range over the seeds"))
         file = place / f"basins-{number}.svg"
         if module.HIGHER_IS_BETTER and figures.draw_basins(found, layout["rows"], module.METRIC, file):

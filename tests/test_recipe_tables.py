@@ -12,7 +12,7 @@ import pytest
 
 from docs import size
 from recipes import report, run, summarize
-from recipes.machinery import config, figures, record, tables
+from recipes.machinery import config, curves, figures, record, tables
 from recipes.machinery.config import RECIPES
 from recipes.machinery.runs import Runs, read_runs
 
@@ -96,10 +96,10 @@ def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> No
 
 def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
     found = read_runs("rde", "small")
-    points = figures.evaluations("valid accuracy")
+    points = curves.evaluations("valid accuracy")
     last_step, last = points(found["adamw"].chosen[0])[-1]
     assert (last_step, last) == (3750, found["adamw"].metric("valid", "accuracy")[0])
-    figures.draw_curves(found, ["adamw", "missing", "muon"], "valid accuracy", tmp_path / "drawn.svg", points)
+    curves.draw_curves(found, ["adamw", "missing", "muon"], "valid accuracy", tmp_path / "drawn.svg", points)
     drawn = (tmp_path / "drawn.svg").read_text()
     assert "valid accuracy" in drawn
     for label, color in {"adamw": "#1f77b4", "muon": "#ff7f0e"}.items():
@@ -111,20 +111,20 @@ def test_what_is_measured_during_training_is_drawn(tmp_path: Path) -> None:
 def test_norms_of_gradients_are_drawn_for_what_has_gradients(tmp_path: Path) -> None:
     found = read_runs("digits", "small")
     file, labels = tmp_path / "drawn.svg", ["sing_adamw", "sing_no_freeze"]  # LayerNorm is frozen in the first
-    assert figures.draw_curves(found, labels, figures.NORM_OF_LAYERNORMS, file, figures.gradient_norms(2))
+    assert curves.draw_curves(found, labels, curves.NORM_OF_LAYERNORMS, file, curves.gradient_norms(2))
     drawn = file.read_text()
     assert "sing_no_freeze" in drawn
     assert "sing_adamw" not in drawn
-    assert not figures.draw_curves(found, labels[:1], figures.NORM_OF_LAYERNORMS, file, figures.gradient_norms(2))
+    assert not curves.draw_curves(found, labels[:1], curves.NORM_OF_LAYERNORMS, file, curves.gradient_norms(2))
     assert file.read_text() == drawn
 
 
 def test_a_band_is_of_the_seeds_that_got_so_far() -> None:
     seeds = [[(1, 1.0), (2, 4.0), (3, 4.0)], [(1, 3.0), (2, 2.0)]]
-    assert figures.band(seeds) == ([1, 2, 3], [1, 2, 4], [2, 3, 4], [3, 4, 4])
+    assert curves.band(seeds) == ([1, 2, 3], [1, 2, 4], [2, 3, 4], [3, 4, 4])
     smoothed = [[(step, value) for step, value in enumerate((0.0, 3.0, 0.0, 3.0))]]
-    assert figures.band(smoothed, window=3)[2] == [1.5, 1, 2, 1.5]
-    assert figures.band([]) == figures.band([[]]) == ([], [], [], [])
+    assert curves.band(smoothed, window=3)[2] == [1.5, 1, 2, 1.5]
+    assert curves.band([]) == curves.band([[]]) == ([], [], [], [])
 
 
 def test_names_at_the_ends_of_lines_keep_their_order_and_a_distance() -> None:
@@ -216,6 +216,20 @@ def test_the_best_rates_of_several_configurations_stand_beside_each_other() -> N
     header, row = tables.across(layout, found)
     assert header == ["optimizer", "one", "two", "largest / smallest"]
     assert row == ["adamw", "0.01", "0.001 (edge)", "10"]
+
+
+def test_the_metric_over_the_rate_of_several_configurations_is_drawn_with_the_best_marked(tmp_path: Path) -> None:
+    found = {"one": {"adamw": runs_with({1e-3: 0.4, 1e-2: 0.8, 1e-1: 0.4})}, "two": {"muon": runs_with({1e-3: 0.8})}}
+    figures.draw_transfer(found, ["one", "two"], ["adamw", "muon", "lamb"], "accuracy", tmp_path / "drawn.svg")
+    drawn = (tmp_path / "drawn.svg").read_text()
+    titles = [text for text in re.findall(r">([\w ]+)</text>", drawn) if text in ("adamw", "muon", "lamb")]
+    assert titles == ["adamw", "muon"]
+    assert {"one", "two", "learning rate"} <= set(re.findall(r">([\w ]+)</text>", drawn))
+    dots, rings = (
+        re.findall(f'x="([0-9.]+)" y="([0-9.]+)" style="{fill}; stroke: #440154"', drawn)
+        for fill in ("fill: #440154", "fill-opacity: 0")
+    )
+    assert rings == [min(dots, key=lambda dot: float(dot[1]))]  # SVG counts from above
 
 
 def test_the_steps_in_docs_size_are_those_of_the_optimizer(tmp_path: Path) -> None:

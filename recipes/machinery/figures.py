@@ -1,4 +1,4 @@
-"""The figures that every task has: training curves, the metric over the learning rate, and the tuning as a map.
+"""The figures of the tuning: the metric over the learning rate, and as a map; what all figures are made of.
 
 They are SVG files, the same to the byte for the same records and the same version of matplotlib.
 """
@@ -6,7 +6,7 @@ They are SVG files, the same to the byte for the same records and the same versi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recipes.machinery.runs import Record, Runs
+from recipes.machinery.runs import Runs
 from recipes.machinery.tables import TO_PERCENT
 
 STYLE: Any = {
@@ -32,15 +31,9 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 A_ROW = 4  # axes of a figure that has many
-FAR = 4.0  # times the lowest final loss: above the figure
-SMOOTHED = 9  # points of a training curve that are averaged
-BEGINNING = 0.05  # of a training, in which the loss falls from wherever the weights began
 LABEL_HEIGHT = 0.045  # of the height of a figure
-LOSS, NORM, NORM_OF_LAYERNORMS = "training loss", "norm of the gradients", "norm of the gradients of LayerNorms"
-OF_BATCH = {LOSS, NORM, NORM_OF_LAYERNORMS}
 
 Points = list[tuple[float, float]]
-Lines = Callable[[Record], Points]
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -59,83 +52,6 @@ def grid(count: int, columns: int, width: float, height: float, *, share: bool =
     for unused in flat[count:]:
         unused.set_axis_off()
     return figure, flat[:count]
-
-
-def draw_curves(found: Mapping[str, Runs], labels: Sequence[str], name: str, file: Path, points: Lines) -> bool:
-    """A value over the steps, for each optimizer at its best learning rate and weight decay.
-
-    The mean over the seeds, in a band from the lowest to the highest of them. What is measured on a batch is averaged
-    over neighbouring points, and has a logarithmic scale if it is never below zero; where the training loss of a seed
-    spiked, there is a triangle.
-
-    Args:
-        found: as recipes.machinery.runs.read_runs returns it.
-        labels: of the optimizers.
-        name: of the value.
-        file: to be written.
-        points: the steps and values of a record.
-
-    Returns:
-        Whether there is anything to draw.
-    """
-    of_batch = name in OF_BATCH
-    lines = {label: [points(made) for made in found[label].chosen] for label in labels if label in found}
-    values = [value for seeds in lines.values() for seed in seeds for _, value in seed]
-    if not values:
-        return False
-    with plt.rc_context(STYLE):
-        figure, (axes,) = grid(1, 1, 7.0, 4.0)
-        ends: dict[str, tuple[float, float]] = {}
-        colors: dict[str, str] = {}
-        tops: dict[str, float] = {}
-        for style, (label, seeds) in zip(_styles(), lines.items(), strict=False):
-            steps, low, mean, high = band(seeds, window=SMOOTHED if of_batch else 1)
-            if not steps:
-                continue
-            axes.fill_between(steps, low, high, alpha=0.15, linewidth=0, color=style["color"])
-            axes.plot(steps, mean, linewidth=1.2, **style)
-            spikes = [step for made in found[label].chosen for step in made["spikes"]] if name == LOSS else []
-            axes.plot(spikes, np.interp(spikes, steps, mean), "^", markersize=4, color=style["color"], alpha=0.7)
-            ends[label], colors[label] = (steps[-1], mean[-1]), style["color"]
-            tops[label] = max(value for step, value in zip(steps, high, strict=True) if step >= BEGINNING * steps[-1])
-        if of_batch and min(values) > 0:
-            axes.set_yscale("log")
-            if name == LOSS:
-                # Where all begin alike, and where one does not learn, there is little to be seen.
-                lowest = min(last for _, last in ends.values())
-                axes.set_ylim(top=max(tops[label] for label, (_, last) in ends.items() if last <= FAR * lowest))
-        axes.set_xlabel("step")
-        axes.set_ylabel(name)
-        label_ends(axes, ends, colors)
-        save(figure, file)
-    return True
-
-
-def band(seeds: Sequence[Points], window: int = 1) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps; lowest value, mean and highest value over the seeds that got so far.
-
-    Args:
-        seeds: steps and values of each, at the same steps; a run that diverged ends before the others.
-        window: how many neighbouring points of a seed are averaged.
-    """
-    longest = max(seeds, key=len, default=[])
-    steps = [float(step) for step, _ in longest]
-    if not steps:
-        return [], [], [], []
-    rows = np.full((len(seeds), len(steps)), np.nan)
-    for row, seed in zip(rows, seeds, strict=True):
-        row[: len(seed)] = _smoothed([value for _, value in seed], window)
-    return steps, np.nanmin(rows, 0).tolist(), np.nanmean(rows, 0).tolist(), np.nanmax(rows, 0).tolist()
-
-
-def _smoothed(values: Sequence[float], window: int) -> list[float]:
-    half = window // 2
-    return [float(np.mean(values[max(0, at - half) : at + half + 1])) for at in range(len(values))]
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    """Ten colours, then the same with dashes."""
-    return ({"color": f"C{at % 10}", "linestyle": dash} for dash in ("-", "--") for at in range(10))
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
@@ -217,27 +133,43 @@ def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, f
     return True
 
 
+def draw_transfer(
+    every: Mapping[str, Mapping[str, Runs]], names: Sequence[str], labels: Sequence[str], metric: str, file: Path
+) -> None:
+    """The validation metric over the learning rate in several configurations: whether the best rate stays the same.
+
+    Axes for each optimizer, a line for each configuration in them, its best rate with a ring.
+
+    Args:
+        every: by configuration, as recipes.machinery.runs.read_runs returns it.
+        names: of the configurations, in the order of the colours.
+        labels: of the optimizers.
+        metric: of which higher is better.
+        file: to be written.
+    """
+    shown = [label for label in labels if any(label in every.get(name, {}) for name in names)]
+    scale = TO_PERCENT.get(metric, 1)
+    with plt.rc_context(STYLE):
+        figure, axes_of = grid(len(shown), A_ROW, 2.6, 2.3, share=True)
+        for axes, label in zip(axes_of, shown, strict=True):
+            axes.set_xscale("log")
+            axes.set_title(label, fontsize=8)
+            for at, name in enumerate(names):
+                rates = every[name][label].rates if label in every.get(name, {}) else {}
+                line = [(lr, value * scale) for lr, value in sorted(rates.items()) if math.isfinite(value)]
+                color = plt.colormaps["viridis"](0.9 * at / max(1, len(names) - 1))
+                axes.plot(*_columns(line), marker="o", markersize=2.5, linewidth=1.3, color=color, label=name)
+                top = max(line, key=lambda point: point[1], default=None)
+                axes.plot(*_columns([top] if top else []), "o", markersize=8, fillstyle="none", color=color)
+        axes_of[0].legend(fontsize=7, frameon=False)
+        figure.supxlabel("learning rate", fontsize=9)
+        figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
+        figure.tight_layout()
+        save(figure, file)
+
+
 def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def training_loss(made: Record) -> Points:
-    return [(step, loss) for step, loss in made["curve"]]
-
-
-def gradient_norms(of: int) -> Lines:
-    """A column of the record's ``gradients``; nothing for parameters that have none, such as frozen ones."""
-
-    def points(made: Record) -> Points:
-        norms = [(row[0], norm) for row in made.get("gradients", []) for norm in row[of : of + 1]]
-        return norms if any(norm for _, norm in norms) else []
-
-    return points
-
-
-def evaluations(name: str) -> Lines:
-    """What was measured on the way, such as ``"valid accuracy"``."""
-    return lambda made: [(each["step"], each[name]) for each in made["evaluations"] if name in each]
 
 
 def draw_maps(
