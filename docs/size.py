@@ -51,9 +51,10 @@ def step(entries: int, **options: Any) -> float:
 
 def table() -> list[list[str]]:
     """The header, and a row for each size."""
-    rows = [["entries", "β √v̂", "step, as a share of Adam's"]]
+    rows = [["entries", "β √v̂", "step, as a share of Adam's", "norm of the step / lr", "that of Adam's"]]
     for entries, what in SIZES.items():
-        rows.append([f"{entries:,} ({what})", f"{50 / entries**0.5:.2g}", f"{step(entries):.3f}"])
+        share, root = step(entries), entries**0.5
+        rows.append([f"{entries:,} ({what})", f"{50 / root:.2g}", f"{share:.3f}", f"{share * root:.1f}", f"{root:.1f}"])
     return rows
 
 

@@ -161,7 +161,7 @@ def draw_transfer(
                 axes.plot(*_columns(line), marker="o", markersize=2.5, linewidth=1.3, color=color, label=name)
                 top = max(line, key=lambda point: point[1], default=None)
                 axes.plot(*_columns([top] if top else []), "o", markersize=8, fillstyle="none", color=color)
-        axes_of[0].legend(fontsize=7, frameon=False)
+        axes_of[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
         figure.tight_layout()
