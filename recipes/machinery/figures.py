@@ -6,7 +6,7 @@ They are SVG files, the same to the byte for the same records and the same versi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -109,27 +109,20 @@ def draw_basins(found: Mapping[str, Runs], labels: Sequence[str], metric: str, f
     shown = {label: found[label] for label in labels if label in found and len(found[label].rates) > 1}
     if not shown:
         return False
-    scale = TO_PERCENT.get(metric, 1)
-    lines = {
-        label: [(lr, value * scale) for lr, value in sorted(mine.rates.items()) if math.isfinite(value)]
-        for label, mine in shown.items()
-    }
+    lines = {label: _over_rates(sorted(mine.rates.items()), metric) for label, mine in shown.items()}
     with plt.rc_context(STYLE):
         figure, every = grid(len(shown), A_ROW, 2.2, 1.9, share=True)
         for axes, (label, mine) in zip(every, shown.items(), strict=True):
             axes.set_xscale("log")
             for line in lines.values():
                 axes.plot(*_columns(line), color="0.85", linewidth=0.8)
-            dots = [(lr, value * scale) for lr, value in mine.other_seeds if math.isfinite(value)]
+            dots = _over_rates(mine.other_seeds, metric)
             axes.plot(*_columns(dots), "o", markersize=2.5, alpha=0.5, color="C0")
             axes.plot(*_columns(lines[label]), marker="o", markersize=2.5, linewidth=1.3, color="C0")
             if mine.basin is not None:
                 axes.axvspan(mine.basin.low, mine.basin.high, color="C0", alpha=0.12, linewidth=0)
             axes.set_title(label, fontsize=8)
-        figure.supxlabel("learning rate", fontsize=9)
-        figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
-        figure.tight_layout()
-        save(figure, file)
+        _save_over_rates(figure, metric, file)
     return True
 
 
@@ -148,7 +141,6 @@ def draw_transfer(
         file: to be written.
     """
     shown = [label for label in labels if any(label in every.get(name, {}) for name in names)]
-    scale = TO_PERCENT.get(metric, 1)
     with plt.rc_context(STYLE):
         figure, axes_of = grid(len(shown), A_ROW, 2.6, 2.3, share=True)
         for axes, label in zip(axes_of, shown, strict=True):
@@ -156,16 +148,26 @@ def draw_transfer(
             axes.set_title(label, fontsize=8)
             for at, name in enumerate(names):
                 rates = every[name][label].rates if label in every.get(name, {}) else {}
-                line = [(lr, value * scale) for lr, value in sorted(rates.items()) if math.isfinite(value)]
+                line = _over_rates(sorted(rates.items()), metric)
                 color = plt.colormaps["viridis"](0.9 * at / max(1, len(names) - 1))
                 axes.plot(*_columns(line), marker="o", markersize=2.5, linewidth=1.3, color=color, label=name)
-                top = max(line, key=lambda point: point[1], default=None)
-                axes.plot(*_columns([top] if top else []), "o", markersize=8, fillstyle="none", color=color)
+                best = sorted(line, key=lambda point: -point[1])[:1]
+                axes.plot(*_columns(best), "o", markersize=8, fillstyle="none", color=color)
         axes_of[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        figure.supxlabel("learning rate", fontsize=9)
-        figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
-        figure.tight_layout()
-        save(figure, file)
+        _save_over_rates(figure, metric, file)
+
+
+def _over_rates(values: Iterable[tuple[float, float]], metric: str) -> Points:
+    """Learning rates, and the metric as it is shown; without runs that diverged."""
+    scale = TO_PERCENT.get(metric, 1)
+    return [(lr, value * scale) for lr, value in values if math.isfinite(value)]
+
+
+def _save_over_rates(figure: Figure, metric: str, file: Path) -> None:
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel(f"valid {metric}" + " [%]" * (metric in TO_PERCENT), fontsize=9)
+    figure.tight_layout()
+    save(figure, file)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
