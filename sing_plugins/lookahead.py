@@ -70,16 +70,24 @@ class Lookahead:
             self.drop(group, state)
             return []
         self._place(group)
-        starting, changed = [], 0
-        for param in params:
-            if SLOW not in state.get(param, ()):
-                starting.append(param)
-            elif self._left.get(param, _NEVER) not in (None, _mark(param)):
-                starting.append(param)
-                changed += 1
+        starting = self._starting(group, params, state)
+        changed = sum(SLOW in state.get(param, ()) for param in starting)
         if changed:
             say(f"the weights of {changed} tensors were changed since the last step. {_GOES_ON}", once=True)
         return starting
+
+    def goes_on(self, group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether :meth:`begin` would find all that a group needs where it has to be; changes nothing."""
+        if group[self._k] is None:
+            return True
+        return (not group.get("capturable") or id(group) in self._counts) and not self._starting(group, params, state)
+
+    def _starting(self, group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> list[Tensor]:
+        return [
+            param
+            for param in params
+            if SLOW not in state.get(param, ()) or self._left.get(param, _NEVER) not in (None, _mark(param))
+        ]
 
     def is_due(self, group: dict[str, Any]) -> bool | Tensor:
         """Count a step of the group's cycle; whether its slow weights are merged now, which the device may know."""

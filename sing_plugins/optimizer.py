@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sing_plugins.batches import Batch, gradient
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_group, check_saved_state
 from sing_plugins.group_options import SOFTPLUS_BETA, adopt_paper_group, check_group, host_options
 from sing_plugins.hosts import HOSTS, Totals
 from sing_plugins.kernels import asked_for, of_torch, takes_state
 from sing_plugins.lookahead import SLOW
+from sing_plugins.nonfinite import SKIPPED, looks
 from sing_plugins.options import FOREACH, FUSED, PROPAGATE, plain
 from sing_plugins.sharded import ShardedTotals, distributed_like, local
 from sing_plugins.standardize import is_dtensor, working_dtype
-from sing_plugins.step import SKIPPED, Batch, Standardizing, gradient
+from sing_plugins.step import Standardizing
 from sing_plugins.update import COMPENSATION, apply
 
 _CPU = torch.device("cpu")
@@ -224,8 +226,11 @@ class SING(Standardizing):
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.to(working_dtype(param), copy=True)
 
-    def _lacks_state(self, param: Tensor) -> bool:
-        return "step" not in self.state.get(param, ())
+    def _lacks_state(self, param: Tensor, group: ParamGroup) -> bool:
+        state = self.state.get(param, {})
+        if "step" not in state or not _zeros(param, group).keys() <= state.keys():
+            return True
+        return bool(state["step"].device != _home(param, group))
 
     def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
         return asked_for(group), group["host"]
@@ -309,7 +314,7 @@ class SING(Standardizing):
         """
         self._whole.check(self.param_groups)
         batches = self._batches(group)
-        if self._looks(group) or any(is_dtensor(batch.params[0]) for batch in batches):
+        if looks(group, self._prefix) or any(is_dtensor(batch.params[0]) for batch in batches):
             raise RuntimeError(
                 "A step that is compiled takes no sharded tensors, and no other nonfinite than 'propagate'. "
                 "Leave it uncompiled."
@@ -332,11 +337,8 @@ class SING(Standardizing):
 
     def _states(self, params: list[Tensor], group: ParamGroup) -> list[dict[str, Any]]:
         """The states of parameters of one device and dtype; makes what is missing of them."""
-        host, dtype, working = HOSTS[group["host"]], params[0].dtype, working_dtype(params[0])
-        device = params[0].device if group["capturable"] else _CPU
-        zeros = dict.fromkeys(host.later(group), working)
-        if group["kahan_sum"] and dtype != working:
-            zeros[COMPENSATION] = dtype
+        host, working = HOSTS[group["host"]], working_dtype(params[0])
+        device, zeros = _home(params[0], group), _zeros(params[0], group)
         states = []
         for param in params:
             state: dict[str, Any] = self.state[param]
@@ -359,6 +361,20 @@ class SING(Standardizing):
         if not is_dtensor(param):
             return value
         return distributed_like(param, value, HOSTS[self.host].without_dim.get(name))
+
+
+def _home(param: Tensor, group: ParamGroup) -> torch.device:
+    """The device of a parameter's count of steps."""
+    return param.device if group["capturable"] else _CPU
+
+
+def _zeros(param: Tensor, group: ParamGroup) -> dict[str, torch.dtype]:
+    """What a parameter's state has besides, as its group is now: tensors that are zeros at first, and their dtypes."""
+    working = working_dtype(param)
+    zeros = dict.fromkeys(HOSTS[group["host"]].later(group), working)
+    if group["kahan_sum"] and param.dtype != working:
+        zeros[COMPENSATION] = param.dtype
+    return zeros
 
 
 def _counter(step: float, device: torch.device = _CPU) -> Tensor:

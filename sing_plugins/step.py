@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, cast, overload
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sing_plugins.batches import Batch, Live, gradient, params_of
 from sing_plugins.checks import ParamGroup, check_gradient
 from sing_plugins.kernels import Kernels, implementation_of
 from sing_plugins.lookahead import SLOW, Lookahead
-from sing_plugins.messages import say
-from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS, PROPAGATE, RAISE
-from sing_plugins.sharded import Shard, Wanted, local, shards, standardized
+from sing_plugins.nonfinite import is_skipped, looks
+from sing_plugins.options import AUTO, FOREACH, FUSED, LOOP, OPTIONS
+from sing_plugins.sharded import Wanted, local, shards, standardized
 from sing_plugins.sharding import WholeTensors
 from sing_plugins.standardize import is_dtensor, standardize
 
 # So many entries, or one tensor, are updated by one series of multi-tensor calls, whose temporaries are copies of them.
 FOREACH_BLOCK = 1 << 24
-
-
-class Batch(NamedTuple):
-    """Tensors that one call updates.
-
-    Attributes:
-        implementation: see :mod:`sing_plugins.kernels`.
-        params: the parameters, of one device and dtype; of one mesh, if they are sharded.
-        shards: this rank's parts of their gradients, if they are sharded.
-    """
-
-    implementation: str
-    params: list[Tensor]
-    shards: list[Shard] | None = None
-
-
-SKIPPED = "skipped_steps"
-
-Live = list[tuple[ParamGroup, list[Batch]]]
 
 
 class Standardizing(Optimizer):
@@ -125,12 +106,12 @@ class Standardizing(Optimizer):
         self._check_groups()
         self._whole.check(self.param_groups)
         live = self._with_shards([(group, self._batches(group)) for group in self.param_groups])
-        if self._is_skipped(live):
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._check_capture(live)  # before anything looks at the device, which would end the capture
+        if is_skipped(live, self.param_groups, self._prefix):
             return loss
         lookahead, state = self._lookahead, self.state
-        starting = [p for group, batches in live for p in lookahead.begin(group, _params(batches), state)]
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            self._check_capture(live, starting)
+        starting = [p for group, batches in live for p in lookahead.begin(group, params_of(batches), state)]
         begun = {param: (param._version, self._slow_weight(param)) for param in starting}
         try:
             self._step_host(live)
@@ -145,9 +126,9 @@ class Standardizing(Optimizer):
                 if state.get(param) or param._version != version:  # the host has seen it
                     state[param][SLOW] = weight
             for _, batches in live:
-                lookahead.give_up(_params(batches))
+                lookahead.give_up(params_of(batches))
             raise
-        lookahead.end((group, _params(batches)) for group, batches in live)
+        lookahead.end((group, params_of(batches)) for group, batches in live)
         return loss
 
     def _traced_step(self) -> None:
@@ -181,21 +162,21 @@ class Standardizing(Optimizer):
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.clone()
 
-    def _lacks_state(self, param: Tensor) -> bool:
-        """Whether an update would make a parameter's state."""
+    def _lacks_state(self, param: Tensor, group: ParamGroup) -> bool:
+        """Whether an update would make some of a parameter's state, or move it to another device."""
         return False  # a host's that is wrapped is the host's affair
 
     def _step_host(self, live: Live) -> None:
         """Make the step of a host that updates all groups at once."""
 
-    def _check_capture(self, live: Live, starting: list[Tensor]) -> None:
+    def _check_capture(self, live: Live) -> None:
         """Raise for a step that a graph of the device would repeat wrongly, before anything is changed.
 
         Raises:
             RuntimeError: says what to do.
         """
         for group, batches in live:
-            if self._looks(group):
+            if looks(group, self._prefix):
                 raise RuntimeError(
                     f"Invalid nonfinite: {group[self._prefix + 'nonfinite']!r}, but a step is being captured into a "
                     "graph of the device, which cannot decide. Accepted: 'propagate'."
@@ -205,7 +186,8 @@ class Standardizing(Optimizer):
                     "Invalid capturable: False, but a step is being captured into a graph of the device, which would "
                     "repeat this step's count, bias correction and phase of Lookahead for ever. Give capturable=True."
                 )
-            if starting or any(map(self._lacks_state, _params(batches))):
+            lacks_state = any(self._lacks_state(param, group) for param in params_of(batches))
+            if lacks_state or not self._lookahead.goes_on(group, params_of(batches), self.state):
                 raise RuntimeError(
                     "A step is being captured into a graph of the device, but some state does not exist yet, and the "
                     "graph would make it anew each time. Make one step with all gradients before, as in torch's notes "
@@ -267,47 +249,7 @@ class Standardizing(Optimizer):
         centralize, rows_of_one, normalize = (
             group[self._prefix + name] for name in ("centralize", "centralize_rows_of_one", "normalize")
         )
-        return Wanted(params, centralize, rows_of_one, normalize or self._looks(group))
-
-    def _looks(self, group: ParamGroup) -> bool:
-        return bool(group[self._prefix + "nonfinite"] != PROPAGATE)
-
-    def _is_skipped(self, live: Live) -> bool:
-        """Whether this step is left out, since an entry of a gradient is not finite; counts it then.
-
-        All ranks that share sharded tensors say the same: they look at norms that they have added up together.
-
-        Raises:
-            RuntimeError: names a tensor, if its group asks for that.
-        """
-        watched = [(group, batch) for group, batches in live if self._looks(group) for batch in batches]
-        if not watched:
-            return False
-        flags = [_are_finite(batch) for _, batch in watched]
-        flat = torch.cat([flag.to(flags[0].device) for flag in flags])
-        if flat.all():
-            return False
-        tensors = [(group, param) for group, batch in watched for param in batch.params]
-        bad = [tensor for tensor, finite in zip(tensors, flat.tolist(), strict=True) if not finite]
-        group, param = min(bad, key=lambda tensor: tensor[0][self._prefix + "nonfinite"] != RAISE)
-        found = f"{len(bad)} gradients have entries that are not finite, that of {self._name(group, param)} among them."
-        if group[self._prefix + "nonfinite"] == RAISE:
-            raise RuntimeError(
-                f"{found} Nothing was changed. With nonfinite='skip' such steps are left out, with 'propagate' the "
-                "weights take such entries in."
-            )
-        if not any(group[self._prefix + SKIPPED] for group in self.param_groups):
-            say(f"{found} The step was left out; the param groups' {self._prefix + SKIPPED!r} counts such steps.")
-        for group in self.param_groups:
-            group[self._prefix + SKIPPED] += 1
-        return True
-
-    def _name(self, group: ParamGroup, param: Tensor) -> str:
-        position = next(at for at, own in enumerate(group["params"]) if own is param)
-        if "param_names" in group:
-            return str(group["param_names"][position])
-        number = next(at for at, own in enumerate(self.param_groups) if own is group)
-        return f"parameter {position} of param group {number}, of shape {tuple(param.shape)},"
+        return Wanted(params, centralize, rows_of_one, normalize or looks(group, self._prefix))
 
     def _standardized(self, batch: Batch, group: ParamGroup) -> list[Tensor]:
         """The standardized gradients; of sharded tensors, this rank's parts."""
@@ -349,20 +291,3 @@ def sync_lookahead(optimizer: Any) -> None:
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}. Accepted: an optimizer of SING's.")
     for group in inner.param_groups:
         inner._lookahead.drop(group, inner.state)
-
-
-def _params(batches: list[Batch]) -> Iterator[Tensor]:
-    return (param for batch in batches for param in batch.params)
-
-
-def _are_finite(batch: Batch) -> Tensor:
-    """Of each tensor of a batch, whether all entries of its gradient are finite."""
-    if batch.shards is not None:
-        lengths = [shard.norm for shard in batch.shards if shard.norm is not None]
-    else:
-        lengths = list(torch._foreach_norm([gradient(param) for param in batch.params], math.inf))
-    return torch.stack(lengths).isfinite()
-
-
-def gradient(param: Tensor) -> Tensor:
-    return cast(Tensor, param.grad)  # batches hold no parameter without

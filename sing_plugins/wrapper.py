@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sing_plugins.batches import Live
 from sing_plugins.checks import (
     ParamGroup,
     check_dtype,
@@ -16,9 +17,10 @@ from sing_plugins.checks import (
     check_saved_state,
     check_wrappable,
 )
+from sing_plugins.nonfinite import SKIPPED
 from sing_plugins.options import OPTIONS, PROPAGATE, check_options, plain
 from sing_plugins.sharded import distributed_like
-from sing_plugins.step import SKIPPED, Live, Standardizing
+from sing_plugins.step import Standardizing
 
 PREFIX = "sing_"  # our keys in the param groups that we share with the host
 

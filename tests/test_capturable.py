@@ -89,13 +89,18 @@ def test_a_wrapped_host_that_is_capturable_has_its_phase_on_the_device_too() -> 
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_capture_that_would_repeat_one_step_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no device here whose stream could be in this state."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_a_capture_that_would_repeat_one_step_for_ever_is_refused(request: pytest.FixtureRequest) -> None:
     params, optimizer = trained(1)
     (_, capturable), (_, unstarted) = trained(1, capturable=True), trained(0, capturable=True)
     before = copy.deepcopy(params)
-    # There is no device here whose stream could be in this state.
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    request.getfixturevalue("capture")
     with pytest.raises(RuntimeError, match="Invalid capturable: False"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
@@ -103,4 +108,49 @@ def test_a_capture_that_would_repeat_one_step_for_ever_is_refused(monkeypatch: p
         set_gradients(unstarted.param_groups[0]["params"], grads)
     with pytest.raises(RuntimeError, match="some state does not exist yet"):
         unstarted.step()
+    assert not unstarted.state
     capturable.step()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_capture_that_would_look_at_gradients_is_refused_before_it_does(
+    nonfinite: str, request: pytest.FixtureRequest
+) -> None:
+    params, optimizer = trained(1, capturable=True, nonfinite=nonfinite)
+    for param in params:
+        param.grad = torch.full_like(param, torch.nan)
+    request.getfixturevalue("capture")
+    with pytest.raises(RuntimeError, match=f"Invalid nonfinite: '{nonfinite}'"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["skipped_steps"] == 0
+
+
+def _loaded(optimizer: SING) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _weights_set_from_outside(optimizer: SING) -> None:
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].zero_()
+
+
+def _kept_elsewhere(optimizer: SING) -> None:
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to("meta")
+
+
+CHANGES: dict[str, Any] = {
+    "loaded, so that the phase is not on the device": _loaded,
+    "weights set from outside, so that slow weights begin anew": _weights_set_from_outside,
+    "a count on another device": _kept_elsewhere,
+    "momentum raised, which needs a tensor": lambda optimizer: optimizer.param_groups[0].update(momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_capture_that_would_make_state_anew_each_time_is_refused(change: str, request: pytest.FixtureRequest) -> None:
+    _, optimizer = trained(2, capturable=True, host="adafactor")
+    CHANGES[change](optimizer)
+    request.getfixturevalue("capture")
+    with pytest.raises(RuntimeError, match="some state does not exist yet"):
+        optimizer.step()
