@@ -80,6 +80,7 @@ def adopt_paper_group(group: ParamGroup) -> None:
         group[ours] = group.pop(theirs)
     beta = float(group.pop("beta_softplus"))
     group["softplus_beta"] = beta if group.pop("softplus") else None
+    group["softplus_relative"] = None
     period = group.pop("la_mergetime")
     group["lookahead_k"] = period if group.pop("lookahead_active") else None
     group["lookahead_step"] = group.pop("la_step", 0)

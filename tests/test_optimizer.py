@@ -406,7 +406,8 @@ def test_copies_continue_the_same_trajectory(copier: Any) -> None:
     assert_same(params, twin.param_groups[0]["params"])
 
 
-def test_state_dict_of_the_published_optimizer_continues_its_trajectory() -> None:
+@pytest.mark.parametrize("constructed_with", [{}, {"softplus_relative": 4.0}, {"softplus_beta": None}], ids=str)
+def test_state_dict_of_the_published_optimizer_continues_its_trajectory(constructed_with: dict[str, Any]) -> None:
     """The file was written by the optimizer published with the paper, 7 steps into a run of two groups.
 
     It ran with float64 as the default dtype, since it takes the bias corrections from a tensor of the default dtype.
@@ -414,7 +415,7 @@ def test_state_dict_of_the_published_optimizer_continues_its_trajectory() -> Non
     """
     published = torch.load(PUBLISHED, weights_only=True)
     params = [nn.Parameter(param) for param in published["params"]]
-    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}], **constructed_with)
     optimizer.load_state_dict(published["state_dict"])
     assert [group["lookahead_step"] for group in optimizer.param_groups] == [2, 2]
     for grads, expected in zip(published["grads"], published["trajectory"], strict=True):
@@ -429,7 +430,7 @@ def test_published_state_dict_keeps_its_switches() -> None:
     published = torch.load(PUBLISHED, weights_only=True)
     published["state_dict"]["param_groups"][0].update(softplus=False, lookahead_active=False, grad_norm=False)
     params = [nn.Parameter(param) for param in published["params"]]
-    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer = SING([{"params": params[:2]}, {"params": params[2:]}], softplus_relative=4.0)
     optimizer.load_state_dict(published["state_dict"])
     group = optimizer.param_groups[0]
     assert (group["softplus_beta"], group["lookahead_k"], group["normalize"]) == (None, None, False)
