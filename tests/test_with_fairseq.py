@@ -545,6 +545,16 @@ def test_an_override_that_is_not_accepted_changes_nothing(build: Build, override
     assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.2
 
 
+def test_an_override_that_does_not_go_with_what_was_saved_changes_nothing(build: Build) -> None:
+    trainer = build("--sing-softplus-beta", "none")
+    update(trainer, 2)
+    fresh = build()
+    with pytest.raises(ValueError, match="Invalid softplus_beta: None with softplus_relative=4"):
+        fresh.optimizer.load_state_dict(trainer.optimizer.state_dict(), {"softplus_relative": 4})
+    assert not fresh.optimizer.optimizer.state
+    assert fresh.optimizer.param_groups[0]["softplus_beta"] == 50
+
+
 def test_overrides_reach_lookahead_around_a_wrapped_host(build: Build) -> None:
     trainer = build("--sing-host", "radam")
     update(trainer, 2)

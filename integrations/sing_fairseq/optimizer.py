@@ -133,7 +133,10 @@ class FairseqSING(FairseqOptimizer):  # type: ignore[misc]
                     f"Invalid --optimizer-overrides: {name}. Pass --reset-optimizer --sing-{name} instead."
                 )
         overrides = self.plan.named.parse(overrides)
-        self.plan.try_options({**self.plan.options, **overrides})
+        options = self.plan.named.options
+        for group in state_dict["param_groups"] if overrides else ():
+            theirs = {name: group[key] for name in options for key in (name, PREFIX + name) if key in group}
+            self.plan.try_options({**self.plan.options, **theirs, **overrides})
         super().load_state_dict(state_dict)
         for group, decayed in zip(self.param_groups, self._decayed, strict=True):
             for name, value in overrides.items():
