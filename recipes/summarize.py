@@ -77,7 +77,7 @@ def _section(task: str, name: str, every: dict[str, dict[str, Runs]], folder: Pa
         if "failed_below" in layout:
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
         if name == next(iter(layout.get("across", ())), None):
-            made.append(("The best learning rate by configuration", tables.across(layout, every)))
+            made.append(("The best learning rate by configuration", tables.across(task, layout, every)))
             file = place / f"transfer-{number}.svg"
             figures.draw_transfer(every, layout["across"], layout["rows"], module.METRIC, file)
             drawn.append(

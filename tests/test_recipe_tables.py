@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from docs import size
@@ -82,6 +83,19 @@ def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(resu
     drawn = {file: (beside / file).read_bytes() for file in files}
     assert summarize.markdown(summarize.summarize("landscape", results), beside) == text
     assert {file: (beside / file).read_bytes() for file in files} == drawn
+
+
+def test_a_figure_whose_numbers_differ_in_their_last_bits_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    drawn = []
+    for left in (0.125, 0.125 + 1e-13):
+        figure, axes = plt.subplots()
+        axes.set_position((left, 0.1, 0.75, 0.8))
+        axes.plot([1, 2], [3, 4])
+        with plt.rc_context(figures.STYLE):
+            figures.save(figure, tmp_path / "drawn.svg")
+        drawn.append((tmp_path / "drawn.svg").read_text())
+    assert 'clip-path="url(#' in drawn[0]
+    assert drawn[0] == drawn[1]
 
 
 def test_a_second_metric_is_shown_where_a_table_asks_for_it(results: Path) -> None:
@@ -213,9 +227,9 @@ def test_the_best_rates_of_several_configurations_stand_beside_each_other() -> N
     layout = {"across": ["one", "two"], "rows": ["adamw", "muon"]}
     one, two = runs_with({1e-3: 0.4, 1e-2: 0.8, 1e-1: 0.4}), runs_with({1e-3: 0.8, 1e-2: 0.7})
     found = {"one": {"adamw": one, "muon": one}, "two": {"adamw": two}}
-    header, row = tables.across(layout, found)
+    header, row = tables.across("rde", layout, found)
     assert header == ["optimizer", "one", "two", "largest / smallest"]
-    assert row == ["adamw", "0.01", "0.001 (edge)", "10"]
+    assert row == ["adamw", "0.01, 80.0 %", "0.001 (edge), 80.0 %", "10"]
 
 
 def test_the_metric_over_the_rate_of_several_configurations_is_drawn_with_the_best_marked(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The figures of the tuning: the metric over the learning rate, and as a map; what all figures are made of.
 
-They are SVG files, the same to the byte for the same records and the same version of matplotlib.
+They are SVG files, the same to the byte for the same records and the same version of matplotlib, on any processor.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -33,13 +35,20 @@ STYLE: Any = {
 A_ROW = 4  # axes of a figure that has many
 LABEL_HEIGHT = 0.045  # of the height of a figure
 
+# What matplotlib calls a clip path: a hash of all bits of its numbers, the last of which differ between processors.
+_CLIP_PATH = re.compile(r"\bp[0-9a-f]{10}\b")
+
 Points = list[tuple[float, float]]
 
 
 def save(figure: Figure, file: Path) -> None:
     """Write a figure, with nothing in it that depends on the day or the machine."""
-    figure.savefig(file, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
+    names: dict[str, str] = {}
+    text = _CLIP_PATH.sub(lambda found: names.setdefault(found[0], f"clip{len(names) + 1}"), drawn.getvalue())
+    file.write_text(text, encoding="utf-8")
 
 
 def grid(count: int, columns: int, width: float, height: float, *, share: bool = False) -> tuple[Figure, list[Axes]]:

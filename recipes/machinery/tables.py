@@ -120,20 +120,27 @@ def beyond(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> l
     return rows
 
 
-def across(layout: Mapping[str, Any], found: Mapping[str, Mapping[str, Runs]]) -> list[list[str]]:
-    """The best learning rate in several configurations: the header, and a row for each optimizer that all of them have.
+def across(task: str, layout: Mapping[str, Any], found: Mapping[str, Mapping[str, Runs]]) -> list[list[str]]:
+    """The best learning rate in several configurations, and the validation metric there: the header, and a row for each
+    optimizer that all of them have.
 
     Args:
+        task: one of :data:`recipes.machinery.config.TASKS`.
         layout: an entry of a configuration's ``[[summary]]`` with ``across``: the names of the configurations.
         found: by configuration, as recipes.machinery.runs.read_runs returns it.
     """
+    metric = config.task_module(task).METRIC
     rows = [["optimizer", *layout["across"], "largest / smallest"]]
     for label in layout["rows"]:
         each = [found.get(name, {}).get(label) for name in layout["across"]]
         mine = [runs_of for runs_of in each if runs_of is not None]
         if len(mine) == len(each):
             rates = [runs_of.best[0] for runs_of in mine]
-            cells = [f"{runs_of.best[0]:g}" + " (edge)" * runs_of.is_best_rate_at_edge for runs_of in mine]
+            cells = [
+                f"{runs_of.best[0]:g}{' (edge)' * runs_of.is_best_rate_at_edge}, "
+                + _values(runs_of.metric("valid", metric)[:1], metric)
+                for runs_of in mine
+            ]
             rows.append([label, *cells, f"{max(rates) / min(rates):g}"])
     return rows
 
