@@ -76,6 +76,8 @@ def _section(task: str, name: str, every: dict[str, dict[str, Runs]], folder: Pa
         made.append((layout["title"], tables.table(task, layout, found, tables.reported(task, name))))
         if "failed_below" in layout:
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
+        if "pairs" in layout:
+            made.append(("Permutation tests", tables.pairs(task, layout, found)))
         if name == next(iter(layout.get("across", ())), None):
             made.append(("The best learning rate by configuration", tables.across(task, layout, every)))
             file = place / f"transfer-{number}.svg"

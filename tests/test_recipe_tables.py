@@ -74,6 +74,36 @@ def test_better_is_every_seed_better_than_every_seed(one: Any, other: Any, highe
     assert tables.verdict(one, other, higher_is_better=higher) == expected
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "higher", "expected"),
+    [
+        ((3, 4, 5), (0, 1, 2), True, 1 / 20),
+        ((3, 4, 5), (0, 1, 2), False, 1.0),
+        ((0, 1, 2), (3, 4, 5), False, 1 / 20),
+        ((2, 4, 5), (0, 1, 3), True, 2 / 20),
+        ((0.1, 0.2), (0.1, 0.2), True, 5 / 6),  # ties count, whatever 0.1 + 0.2 is
+    ],
+)
+def test_luck_is_the_share_of_divisions_that_are_as_good(one: Any, other: Any, higher: bool, expected: float) -> None:
+    assert tables.luck(one, other, higher_is_better=higher) == pytest.approx(expected)
+
+
+def test_pairs_that_were_run_are_compared_by_their_means() -> None:
+    def six(accuracies: list[float]) -> Runs:
+        settings = config.load("cifar100", "replication", "adamw")
+        made = [
+            {**settings.at(5e-3, 5e-2, seed).as_json(), "metrics": {"valid accuracy": 0.9, "test accuracy": accuracy}}
+            for seed, accuracy in enumerate(accuracies)
+        ]
+        return Runs(settings, made)
+
+    layout = {"pairs": [["sing_adamw", "adamw"], ["sing_adamw", "lamb"]]}
+    found = {"sing_adamw": six([0.92, 0.93, 0.94]), "adamw": six([0.91, 0.9, 0.89])}
+    header, row = tables.pairs("cifar100", layout, found)
+    assert row == ["sing_adamw", "adamw", "3.00", "3, 3", "0.050"]
+    assert len(header) == len(row)
+
+
 def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(results: Path) -> None:
     (section,) = summarize.summarize("landscape", results)
     beside = results / "landscape"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from recipes.machinery import config
@@ -36,6 +37,22 @@ def verdict(one: Sequence[float], other: Sequence[float], *, higher_is_better: b
     return {(True, False): "better", (False, True): "worse"}.get(
         (above, below) if higher_is_better else (below, above), "level"
     )
+
+
+def luck(one: Sequence[float], other: Sequence[float], *, higher_is_better: bool) -> float:
+    """How often chance alone would put the mean of the one so far ahead: the exact permutation test's one-sided p.
+
+    Args:
+        one, other: the test metric by seed.
+        higher_is_better: of the metric.
+
+    Returns:
+        The share of all ways to divide the values into two of these sizes, with a mean of the first that is as good.
+    """
+    values = [value if higher_is_better else -value for value in (*one, *other)]
+    divisions = [math.fsum(chosen) for chosen in combinations(values, len(one))]
+    found = math.fsum(values[: len(one)])
+    return sum(total >= found or math.isclose(total, found) for total in divisions) / len(divisions)
 
 
 HEADER = (
@@ -142,6 +159,26 @@ def across(task: str, layout: Mapping[str, Any], found: Mapping[str, Mapping[str
                 for runs_of in mine
             ]
             rows.append([label, *cells, f"{max(rates) / min(rates):g}"])
+    return rows
+
+
+def pairs(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> list[list[str]]:
+    """Permutation tests: the header, and a row for each pair of optimizers that have runs.
+
+    Args:
+        task: one of :data:`recipes.machinery.config.TASKS`.
+        layout: an entry of the configuration's ``[[summary]]`` with ``pairs`` of labels.
+        found: as recipes.machinery.runs.read_runs returns it.
+    """
+    module = config.task_module(task)
+    rows = [["is", "ahead of", "in the mean by", "seeds", "p"]]
+    for labels in layout["pairs"]:
+        if not found.keys() >= set(labels):
+            continue
+        one, other = (found[label].metric("test", module.METRIC) for label in labels)
+        p = luck(one, other, higher_is_better=module.HIGHER_IS_BETTER)
+        ahead = (statistics.fmean(one) - statistics.fmean(other)) * TO_PERCENT.get(module.METRIC, 1)
+        rows.append([*labels, f"{ahead:.2f}", f"{len(one)}, {len(other)}", f"{p:.3f}"])
     return rows
 
 
