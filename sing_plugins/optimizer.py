@@ -39,7 +39,7 @@ class SING(Standardizing):
             stable (paper C.2). Default 5e-3.
         betas: decay rates of the first and second moment, for the hosts adamw and adabelief. Default (0.9, 0.999).
         eps: added to the gradient's norm (paper, below equation 3); also to the host's denominator where softplus is
-            off, and by adabelief to its variance. Default 1e-8.
+            off, and by adabelief to its variance (``eps / N`` with ``softplus_relative``). Default 1e-8.
         weight_decay: decoupled: ``p ← p (1 - lr · weight_decay)`` before the update. Usually a tenth of AdamW's.
             Reaches tensors of more than one dimension only, unless ``decay_all``. Default 0.
         foreach: torch's name for ``implementation="foreach"`` (True) and ``"loop"`` (False); None leaves it to that.

@@ -44,6 +44,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"betas": (0.0, 0.0), "eps": 1e-3, "softplus_beta": None},
     {"softplus_beta": 5.0},
     {"softplus_relative": 0.25},
+    {"softplus_relative": 0.25, "host": "adabelief", "eps": 1e-3},
 ]
 
 

@@ -328,6 +328,7 @@ if "HARD" in os.environ:
         {"host": "adamw", "softplus_beta": None, "centralize": False},
         {"host": "adamw", "normalize": False, "lookahead_k": None, "maximize": True},
         {"host": "adabelief"},
+        {"host": "adabelief", "softplus_relative": 1.0, "eps": 1e-3},
         {"host": "adafactor", "softplus_relative": 1.0},
         {"host": "sgd", "nesterov": True},
         {"host": "adafactor"},

@@ -95,7 +95,8 @@ class Reference:
     def _adabelief(self, grad: Tensor, lr: float) -> Tensor:
         beta1, beta2 = self.betas
         m = self._average("exp_avg", grad, beta1)
-        self.state["exp_avg_var"] = self._average("exp_avg_var", (grad - m) ** 2, beta2) + self.eps
+        eps = self.eps if self.softplus_relative is None else self.eps / grad.numel()  # that of a mean square of 1
+        self.state["exp_avg_var"] = self._average("exp_avg_var", (grad - m) ** 2, beta2) + eps
         s_hat = self.state["exp_avg_var"] / (1 - beta2**self.steps)
         return m / (1 - beta1**self.steps) / self._safe(s_hat.sqrt())
 

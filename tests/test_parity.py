@@ -121,6 +121,23 @@ def test_every_other_option_follows_the_reference(option: dict[str, Any]) -> Non
     run_against_reference(SING(params, lr=1.0, **options), params, options)
 
 
+@pytest.mark.parametrize("implementation", ["loop", "fused"])
+@pytest.mark.parametrize("host", ["adamw", "adabelief", "adafactor"])
+def test_with_relative_softplus_a_tensor_and_many_copies_of_it_take_the_same_step(
+    host: str, implementation: str
+) -> None:
+    """Of the copies side by side, the normalized gradient is smaller by the root of their number, and so is its eps."""
+    small, large = nn.Parameter(torch.zeros(6, 8)), nn.Parameter(torch.zeros(6, 8 * 4096))
+    options: dict[str, Any] = {"host": host, "implementation": implementation, "softplus_relative": 4.0, "eps": 1e-4}
+    optimizer = SING([small, large], lr=0.1, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        small.grad = 1e6 * torch.randn(6, 8, generator=generator)
+        large.grad = small.grad.repeat(1, 4096)
+        optimizer.step()
+    torch.testing.assert_close(large.detach(), small.detach().repeat(1, 4096), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("host", HOSTS, ids=describe)
 def test_multi_tensor_path_equals_the_plain_loop_to_the_last_bit(host: dict[str, Any]) -> None:
     results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, column, move
+from sing_plugins.hosts.base import Group, Host, State, Tensors, Totals, column, in_proportion, move
 
 
 def init_state(param: Tensor, group: Group) -> State:
@@ -19,7 +19,8 @@ def update(params: Tensors, grads: Tensors, states: list[State], group: Group, t
     residuals = torch._foreach_sub(grads, exp_avgs)
     torch._foreach_mul_(exp_avg_vars, beta2)
     torch._foreach_addcmul_(exp_avg_vars, residuals, residuals, value=1 - beta2)
-    torch._foreach_add_(exp_avg_vars, group["eps"])  # the algorithm keeps this eps in its state
+    # The algorithm keeps this eps in its state, where it grows to eps / (1 - beta2).
+    torch._foreach_add_(exp_avg_vars, [group["eps"] / in_proportion(group, shape) for shape in totals.shapes])
     move(params, exp_avgs, exp_avg_vars, states, group, totals.shapes)
 
 

@@ -118,8 +118,18 @@ def sharpness(group: Group, shapes: Sequence[torch.Size]) -> list[float] | None:
     """
     relative, beta = group["softplus_relative"], group["softplus_beta"]
     if relative is not None:
-        return [relative * shape.numel() ** 0.5 for shape in shapes]
+        return [relative * in_proportion(group, shape) ** 0.5 for shape in shapes]
     return None if beta is None else [beta] * len(shapes)
+
+
+def in_proportion(group: Group, shape: torch.Size) -> int:
+    """What the mean square of a gradient of norm 1 is multiplied by for the host: its number of entries, or one.
+
+    Args:
+        group: the options; ``softplus_relative`` asks for the first.
+        shape: of the whole tensor.
+    """
+    return 1 if group["softplus_relative"] is None else shape.numel()
 
 
 def calibrate(roots: Tensors, group: Group, shapes: Sequence[torch.Size]) -> Tensors:

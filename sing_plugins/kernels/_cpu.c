@@ -352,11 +352,12 @@ static Factors factors(const Tensor *t, const Options *o, double squares) {
   if (o->host == ADAMW || o->host == ADABELIEF) {
     int64_t step = (int64_t)*t->step + 1;
     double beta = o->softplus ? o->softplus_beta : 1; /* beta and the change's 1/beta leave the loop */
-    if (o->relative) beta *= SQRT((double)(t->rows * t->columns));
+    double size = o->relative ? (double)(t->rows * t->columns) : 1;
+    beta *= SQRT(size);
     f.mix1 = (float)(1 - o->beta1);
     f.beta2 = (float)o->beta2;
     f.mix2 = (float)(1 - o->beta2);
-    f.eps = (float)o->eps;
+    f.eps = (float)(o->eps / size); /* AdaBelief adds it to what is of the order of 1/size */
     f.root = (float)(beta / SQRT(1 - power(o->beta2, step)));
     f.size = (float)(beta * o->lr / (1 - power(o->beta1, step)));
   }

@@ -258,6 +258,7 @@ def update(
     due,
     host: tl.constexpr,
     softplus: tl.constexpr,
+    relative: tl.constexpr,
     merge: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -272,7 +273,8 @@ def update(
     start = (number - tl.load(mine + _BLOCK)) * block
     entry = tl.arange(0, block)
     at = start + entry
-    there = at < tl.load(mine + _ROWS) * columns
+    size = tl.load(mine + _ROWS) * columns
+    there = at < size
     factor = table + tensor * _FACTORS
     scale = tl.load(factor + _SCALE)
 
@@ -303,7 +305,10 @@ def update(
             m = tl.load(first, mask=there, other=0.0)
             m = m + mix1 * (g - m)
             v = beta2 * tl.load(second, mask=there, other=0.0)
-            v = v + mix2 * ((g - m) * (g - m)) + eps if host == _ADABELIEF else v + mix2 * (g * g)
+            if host == _ADABELIEF:
+                v = v + mix2 * ((g - m) * (g - m)) + (eps / size if relative else eps)
+            else:
+                v = v + mix2 * (g * g)
             tl.store(first, m, mask=there)
             tl.store(second, v, mask=there)
             # With softplus its argument: beta times the root of the corrected moment.

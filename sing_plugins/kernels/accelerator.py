@@ -229,6 +229,7 @@ class Kernel:
             merge.to(table.device, torch.int32) if isinstance(merge, Tensor) else table.factors,
             host=options.host,
             softplus=has_softplus,
+            relative=options.relative,
             merge=_AS_DUE if isinstance(merge, Tensor) else int(merge),
             block=BLOCK,
         )
