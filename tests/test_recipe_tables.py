@@ -88,8 +88,8 @@ def test_luck_is_the_share_of_divisions_that_are_as_good(one: Any, other: Any, h
     assert tables.luck(one, other, higher_is_better=higher) == pytest.approx(expected)
 
 
-def test_pairs_that_were_run_are_compared_by_their_means() -> None:
-    def six(accuracies: list[float]) -> Runs:
+def test_pairs_with_enough_seeds_are_compared_by_their_means() -> None:
+    def with_tests(accuracies: list[float]) -> Runs:
         settings = config.load("cifar100", "replication", "adamw")
         made = [
             {**settings.at(5e-3, 5e-2, seed).as_json(), "metrics": {"valid accuracy": 0.9, "test accuracy": accuracy}}
@@ -97,8 +97,9 @@ def test_pairs_that_were_run_are_compared_by_their_means() -> None:
         ]
         return Runs(settings, made)
 
-    layout = {"pairs": [["sing_adamw", "adamw"], ["sing_adamw", "lamb"]]}
-    found = {"sing_adamw": six([0.92, 0.93, 0.94]), "adamw": six([0.91, 0.9, 0.89])}
+    layout = {"pairs": [["sing_adamw", "adamw"], ["sing_adamw", "lamb"], ["sing_adamw", "muon"]]}
+    found = {"sing_adamw": with_tests([0.92, 0.93, 0.94]), "adamw": with_tests([0.91, 0.9, 0.89])}
+    found["muon"] = with_tests([0.95, 0.96])
     header, row = tables.pairs("cifar100", layout, found)
     assert row == ["sing_adamw", "adamw", "3.00", "3, 3", "0.050"]
     assert len(header) == len(row)

@@ -123,11 +123,15 @@ def sharpness(group: Group, shapes: Sequence[torch.Size]) -> list[float] | None:
 
 
 def in_proportion(group: Group, shape: torch.Size) -> int:
-    """What the mean square of a gradient of norm 1 is multiplied by for the host: its number of entries, or one.
+    """By what squares of entries are multiplied where a host's constants meet them.
 
     Args:
-        group: the options; ``softplus_relative`` asks for the first.
+        group: the options.
         shape: of the whole tensor.
+
+    Returns:
+        With ``softplus_relative`` the number of entries, which makes the mean square of a gradient of norm 1 one; else
+        one, for squares as they are.
     """
     return 1 if group["softplus_relative"] is None else shape.numel()
 
