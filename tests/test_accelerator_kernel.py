@@ -44,11 +44,11 @@ CUDA_KERNELS = [
             **{"relative": False, "normalize": False, "maximize": True},
         },
     ),
-    ("update", {"host": 0, "softplus": True, "relative": True, "merge": 2, "block": accelerator.BLOCK}),
-    ("update", {"host": 1, "softplus": True, "relative": True, "merge": 0, "block": accelerator.BLOCK}),
-    ("update", {"host": 1, "softplus": False, "relative": False, "merge": 0, "block": accelerator.BLOCK}),
-    ("update", {"host": 4, "softplus": False, "relative": False, "merge": 1, "block": accelerator.BLOCK}),
-    ("update", {"host": -1, "softplus": False, "relative": False, "merge": 0, "block": accelerator.BLOCK}),
+    ("update", {"host": 0, "softplus": True, "merge": 2, "block": accelerator.BLOCK}),
+    ("update", {"host": 1, "softplus": True, "merge": 0, "block": accelerator.BLOCK}),
+    ("update", {"host": 1, "softplus": False, "merge": 0, "block": accelerator.BLOCK}),
+    ("update", {"host": 4, "softplus": False, "merge": 1, "block": accelerator.BLOCK}),
+    ("update", {"host": -1, "softplus": False, "merge": 0, "block": accelerator.BLOCK}),
 ]
 
 

@@ -92,9 +92,9 @@ def table(
         rows.append(
             [
                 label,
-                f"{mine.best[0]:g}" + " (edge)" * mine.is_best_rate_at_edge,
+                _best_rate(mine),
                 f"{mine.best[1]:g}",
-                _values(mine.metric("valid", metric)[:1], metric),
+                _valid(mine, metric),
                 _values(tests, metric),
                 *([_values(mine.metric("test", also), also)] if also else []),
                 "" if against == label else verdict(tests, compared, higher_is_better=higher),
@@ -153,11 +153,7 @@ def across(task: str, layout: Mapping[str, Any], found: Mapping[str, Mapping[str
         mine = [runs_of for runs_of in each if runs_of is not None]
         if len(mine) == len(each):
             rates = [runs_of.best[0] for runs_of in mine]
-            cells = [
-                f"{runs_of.best[0]:g}{' (edge)' * runs_of.is_best_rate_at_edge}, "
-                + _values(runs_of.metric("valid", metric)[:1], metric)
-                for runs_of in mine
-            ]
+            cells = [f"{_best_rate(runs_of)}, {_valid(runs_of, metric)}" for runs_of in mine]
             rows.append([label, *cells, f"{max(rates) / min(rates):g}"])
     return rows
 
@@ -216,6 +212,15 @@ def overview(found: Mapping[tuple[str, str], Mapping[str, Runs]]) -> list[list[s
             cells.append("–" if label is None else f"{_values(tests, metric)}, {against}")
         rows.append([task, name, str(data.get("name", data.get("path", task))), metric, *cells])
     return rows
+
+
+def _best_rate(mine: Runs) -> str:
+    return f"{mine.best[0]:g}" + " (edge)" * mine.is_best_rate_at_edge
+
+
+def _valid(mine: Runs, metric: str) -> str:
+    """The validation metric of the run that was chosen by it."""
+    return _values(mine.metric("valid", metric)[:1], metric)
 
 
 def _values(values: Sequence[float], metric: str) -> str:

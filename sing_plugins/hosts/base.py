@@ -116,10 +116,9 @@ def sharpness(group: Group, shapes: Sequence[torch.Size]) -> list[float] | None:
         group: the options.
         shapes: of the whole tensors. With ``softplus_relative``, β is that times the root of the number of entries.
     """
-    relative, beta = group["softplus_relative"], group["softplus_beta"]
-    if relative is not None:
-        return [relative * in_proportion(group, shape) ** 0.5 for shape in shapes]
-    return None if beta is None else [beta] * len(shapes)
+    relative = group["softplus_relative"]
+    beta = group["softplus_beta"] if relative is None else relative
+    return None if beta is None else [beta * in_proportion(group, shape) ** 0.5 for shape in shapes]
 
 
 def in_proportion(group: Group, shape: torch.Size) -> int:

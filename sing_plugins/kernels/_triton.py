@@ -17,7 +17,7 @@ import triton.language as tl
 
 ADDRESSES = ("param", "first", "second", "slow", "step", "grad")
 LAYOUT = ("rows", "columns", "each", "chunks", "units", "unit", "row", "block", "centred", "decays")
-FACTORS = ("scale", "inverse", "root", "size", "keep")
+FACTORS = ("scale", "inverse", "root", "size", "keep", "eps")
 
 _ADDRESSES = tl.constexpr(len(ADDRESSES))
 _LAYOUT = tl.constexpr(len(LAYOUT))
@@ -25,7 +25,7 @@ _ROWS, _COLUMNS, _EACH, _CHUNKS, _UNITS, _UNIT, _ROW, _BLOCK, _CENTRED, _DECAYS 
     tl.constexpr(k) for k in range(len(LAYOUT))
 )
 _FACTORS = tl.constexpr(len(FACTORS))
-_SCALE, _INVERSE, _ROOT, _SIZE, _KEEP = (tl.constexpr(k) for k in range(len(FACTORS)))
+_SCALE, _INVERSE, _ROOT, _SIZE, _KEEP, _EPS = (tl.constexpr(k) for k in range(len(FACTORS)))
 
 # As in cpu.py; a host that is not written here gets the divided gradient.
 _NO_HOST, _ADAMW, _ADABELIEF, _SGD, _SGD_MOMENTUM, _SGD_NESTEROV = (tl.constexpr(k) for k in range(-1, 5))
@@ -229,17 +229,21 @@ def factors(
         keep = tl.where(tl.load(mine + _DECAYS) != 0, 1.0 - rate * weight_decay, zero + 1.0)
         root = zero
         size = rate
+        own_eps = zero + eps
         if (host == _ADAMW) | (host == _ADABELIEF):
             step = count.to(tl.int32)
             # The softplus's beta and the change's 1/beta leave the loop.
             beta = zero + softplus_beta
             if relative:
-                beta *= tl.sqrt((tl.load(mine + _ROWS) * tl.load(mine + _COLUMNS)).to(tl.float64))
+                entries = (tl.load(mine + _ROWS) * tl.load(mine + _COLUMNS)).to(tl.float64)
+                beta *= tl.sqrt(entries)
+                own_eps /= entries  # AdaBelief adds it to what is of the order of 1/entries
             root = beta / tl.sqrt(1.0 - _power(zero + beta2 + beta2_rest, step))
             size = beta * rate / (1.0 - _power(zero + beta1 + beta1_rest, step))
         tl.store(out + _ROOT, root.to(tl.float32))
         tl.store(out + _SIZE, size.to(tl.float32))
         tl.store(out + _KEEP, keep.to(tl.float32))
+        tl.store(out + _EPS, own_eps.to(tl.float32))
 
 
 @triton.jit
@@ -252,13 +256,11 @@ def update(
     mix1,
     beta2,
     mix2,
-    eps,
     momentum,
     alpha,
     due,
     host: tl.constexpr,
     softplus: tl.constexpr,
-    relative: tl.constexpr,
     merge: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -273,8 +275,7 @@ def update(
     start = (number - tl.load(mine + _BLOCK)) * block
     entry = tl.arange(0, block)
     at = start + entry
-    size = tl.load(mine + _ROWS) * columns
-    there = at < size
+    there = at < tl.load(mine + _ROWS) * columns
     factor = table + tensor * _FACTORS
     scale = tl.load(factor + _SCALE)
 
@@ -302,13 +303,11 @@ def update(
             tl.store(first, buffer, mask=there)
             change = g + momentum * buffer if host == _SGD_NESTEROV else buffer
         elif (host == _ADAMW) | (host == _ADABELIEF):
+            eps = tl.load(factor + _EPS)
             m = tl.load(first, mask=there, other=0.0)
             m = m + mix1 * (g - m)
             v = beta2 * tl.load(second, mask=there, other=0.0)
-            if host == _ADABELIEF:
-                v = v + mix2 * ((g - m) * (g - m)) + (eps / size if relative else eps)
-            else:
-                v = v + mix2 * (g * g)
+            v = v + mix2 * ((g - m) * (g - m)) + eps if host == _ADABELIEF else v + mix2 * (g * g)
             tl.store(first, m, mask=there)
             tl.store(second, v, mask=there)
             # With softplus its argument: beta times the root of the corrected moment.

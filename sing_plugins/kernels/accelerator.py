@@ -223,13 +223,11 @@ class Kernel:
             1.0 - beta1,
             float(beta2),
             1.0 - beta2,
-            float(options.eps),
             float(options.momentum),
             float(options.alpha),
             merge.to(table.device, torch.int32) if isinstance(merge, Tensor) else table.factors,
             host=options.host,
             softplus=has_softplus,
-            relative=options.relative,
             merge=_AS_DUE if isinstance(merge, Tensor) else int(merge),
             block=BLOCK,
         )
