@@ -3,9 +3,10 @@
     python recipes/tune.py rde small --optimizer adamw sing_adamw --budget 8 --seeds 3
 
 The paper's procedure (section 5.1): a grid of learning rates, then a grid of weight decays at the best of them; where
-the best is the first or the last of a grid, the grid goes on there. Runs are recipes/run.py's, with seed 0; what has a
-record is not run again, so an interrupted tuning goes on where it was. Then the best is repeated with further seeds,
-which are also run at multiples of its learning rate where the configuration's ``tune.beyond`` has some.
+the best is the first or the last of a grid, the grid goes on there. An empty grid is not tuned: what the configuration
+has is run. Runs are recipes/run.py's, with seed 0; what has a record is not run again, so an interrupted tuning goes on
+where it was. Then the best is repeated with further seeds, which are also run at multiples of its learning rate where
+the configuration's ``tune.beyond`` has some.
 
 Several machines can share the work through one ``--storage``: any database that Optuna takes.
 """
@@ -62,8 +63,9 @@ class Tuning:
 
     @property
     def grid(self) -> Grid:
-        tune = self.settings["tune"]
-        return Grid(tune["lr"], tune["weight_decay"], self.settings.optimizer["weight_decay"], self.budget)
+        tune, own = self.settings["tune"], self.settings.optimizer
+        lr, weight_decay = (tune[name] or [own[name]] for name in ("lr", "weight_decay"))
+        return Grid(lr, weight_decay, own["weight_decay"], self.budget)
 
     def scores(self) -> Scores:
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE))

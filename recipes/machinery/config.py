@@ -6,8 +6,8 @@ A configuration is ``recipes/tasks/TASK/configs/NAME.toml``. Its tables are the 
 - ``[optimizer]``: ``lr``, ``weight_decay``, ``options`` and whatever else the task's optimizers share,
 - ``[optimizers.LABEL]``: what is different for one of them; ``opt``, the name that the framework is asked for, is the
   label unless it says otherwise, and ``[optimizers.LABEL.train]`` changes entries of ``[train]``,
-- ``[tune]``, ``[[summary]]``, ``[reported]``, which are no part of a run: the grids of recipes/tune.py, the tables of
-  recipes/summarize.py, what the paper reports by label.
+- ``[tune]``, ``[[summary]]``, ``[reported]``, which are no part of a run: the grids of recipes/tune.py (an empty one:
+  not tuned), the tables of recipes/summarize.py, what the paper reports by label.
 
 ``base = "NAME"`` at the top of a file takes over another configuration of the task. Entries of the file's own tables go
 before those of the base; ``optimizers``, ``tune`` and ``summary`` replace the base's as a whole.
