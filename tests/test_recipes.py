@@ -166,7 +166,7 @@ def test_grids_are_no_part_of_a_run() -> None:
     ("arguments", "message"),
     [
         (("nothing", "small"), "Invalid TASK: 'nothing'. Accepted: .*landscape, rde"),
-        (("rde", "huge"), "Invalid CONFIG: 'huge'. rde has bf16, depth-8, gradients, paper, small, width-128, "),
+        (("rde", "huge"), "Invalid CONFIG: 'huge'. rde has bf16, depth-8, gradients, paper, rate, small, width-128, "),
         (("rde", "small", "adam"), "Invalid --optimizer: 'adam'. rde small has sing_adamw, adamw"),
         (("rde", "small", None, 0, ["train.epoch=1"]), "Invalid --set: 'train.epoch=1'. .*train.epochs"),
         (("rde", "small", None, 0, ["train.epochs"]), "Invalid --set: 'train.epochs'"),
