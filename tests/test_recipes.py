@@ -135,8 +135,8 @@ def test_every_configuration_has_a_rate_a_decay_and_grids_for_each_optimizer(tas
 def test_tuning_begins_inside_of_the_grid(task: str, name: str) -> None:
     for label in config.labels(task, name):
         settings = config.load(task, name, label)
-        decays = settings["tune"].get("weight_decay")
-        assert not decays or settings.optimizer["weight_decay"] in decays, label
+        decays = settings["tune"]["weight_decay"]
+        assert decays == [] or settings.optimizer["weight_decay"] in decays, label
 
 
 def test_an_optimizer_changes_tables_and_the_command_line_changes_all(tmp_path: Path) -> None:
