@@ -1,28 +1,26 @@
-"""The SING optimizer: its param groups, its state, and the update of one batch of tensors."""
+"""The SING optimizer: its param groups, its state dict, and the update of one batch of tensors."""
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sing_plugins import states
 from sing_plugins.batches import Batch, gradient
 from sing_plugins.checks import ParamGroup, check_saved_by, check_saved_group, check_saved_state
 from sing_plugins.group_options import SOFTPLUS_BETA, adopt_paper_group, check_group, host_options
-from sing_plugins.hosts import HOSTS, Totals
+from sing_plugins.hosts import Totals
 from sing_plugins.kernels import asked_for, of_torch, takes_state
 from sing_plugins.lookahead import SLOW
 from sing_plugins.nonfinite import SKIPPED, looks
 from sing_plugins.options import FOREACH, FUSED, PROPAGATE, plain
-from sing_plugins.sharded import ShardedTotals, distributed_like, local
+from sing_plugins.sharded import ShardedTotals, local
 from sing_plugins.standardize import is_dtensor, working_dtype
 from sing_plugins.step import Standardizing
 from sing_plugins.update import COMPENSATION, apply
-
-_CPU = torch.device("cpu")
 
 
 class SING(Standardizing):
@@ -175,7 +173,7 @@ class SING(Standardizing):
                 group.setdefault(name, value)
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):  # in older files
-                values["step"] = _counter(values["step"])
+                values["step"] = states.counter(values["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SING with the same host, or of the optimizer file published with the paper.
@@ -194,43 +192,25 @@ class SING(Standardizing):
                 group = dict(group)
                 adopt_paper_group(group)
                 check_saved_group(group, self.defaults, self._prefix, self._check_group)
-            check_saved_state(hooked, self.param_groups, self._needed, (SLOW, COMPENSATION))
+            check_saved_state(hooked, self.param_groups, states.needed, (SLOW, COMPENSATION))
             accepted.update(hooked)
 
         # After the user's own hooks, which may convert what they load, and before those that look at what was loaded.
         last = self.register_load_state_dict_pre_hook(check)
-        first = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(accepted), prepend=True)
+        first = self.register_load_state_dict_post_hook(
+            lambda _: states.restore_precision(self.param_groups, self.state, accepted), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
             first.remove()
 
-    def _needed(self, param: Tensor, group: ParamGroup) -> dict[str, torch.Size]:
-        """The tensors of a parameter's state and their shapes, once it has made a step."""
-        weight = torch.empty(param.shape, device="meta")
-        state = {"step": _counter(0), **HOSTS[self.host].init_state(weight, group)}
-        return {name: value.shape for name, value in state.items()}
-
-    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
-        """Optimizer.load_state_dict casts state to the parameter's dtype: take float32 state as it was saved."""
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=False):
-            if working_dtype(param) == param.dtype:
-                continue
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and key not in ("step", COMPENSATION):
-                    self.state[param][key] = value.to(param.device, working_dtype(param), copy=True)
-
     def _slow_weight(self, param: Tensor) -> Tensor:
         return param.to(working_dtype(param), copy=True)
 
     def _lacks_state(self, param: Tensor, group: ParamGroup) -> bool:
-        state = self.state.get(param, {})
-        if "step" not in state or not _zeros(param, group).keys() <= state.keys():
-            return True
-        return bool(state["step"].device != _home(param, group))
+        return not states.is_complete(param, group, self.state.get(param, {}))
 
     def _implementation(self, group: ParamGroup) -> tuple[str, str | None]:
         return asked_for(group), group["host"]
@@ -243,7 +223,7 @@ class SING(Standardizing):
         taken: list[Tensor] = []
         kept: list[dict[str, Any]] = []
         others: list[Tensor] = []
-        for param, state in zip(batch.params, self._states(batch.params, group), strict=True):
+        for param, state in zip(batch.params, states.complete(batch.params, group, self.state), strict=True):
             if takes_state(param, state, group, merge):
                 taken.append(param)
                 kept.append(state)
@@ -257,12 +237,12 @@ class SING(Standardizing):
             self._update(Batch(of_torch(device), left), group, merge)
 
     def _update_by_torch(self, batch: Batch, group: ParamGroup, merge: bool | Tensor) -> None:
-        states, totals = self._states(batch.params, group), Totals(batch.params)
+        kept, totals = states.complete(batch.params, group, self.state), Totals(batch.params)
         if batch.shards is not None:
-            states = [{name: local(value) for name, value in state.items()} for state in states]
+            kept = [{name: local(value) for name, value in state.items()} for state in kept]
             totals = ShardedTotals(batch.params)
         params = list(map(local, batch.params))
-        apply(params, self._standardized(batch, group), states, group, totals, merge, self._lookahead)
+        apply(params, self._standardized(batch, group), kept, group, totals, merge, self._lookahead)
         if batch.shards is not None:
             torch.autograd.graph.increment_version(batch.params)
 
@@ -279,10 +259,10 @@ class SING(Standardizing):
                 names: list[str] = []
                 values: list[Tensor] = []
                 self._init_group(group, number, [], params, grads, owners, names, values)
-                states: list[dict[str, Any]] = [{} for _ in params]
+                kept: list[dict[str, Any]] = [{} for _ in params]
                 for owner, name, value in zip(owners, names, values, strict=True):
-                    states[owner][name] = value
-                apply(params, self._standardize(grads, group), states, group, Totals(params), due, self._lookahead)
+                    kept[owner][name] = value
+                apply(params, self._standardize(grads, group), kept, group, Totals(params), due, self._lookahead)
 
     def _init_group(
         self,
@@ -328,55 +308,9 @@ class SING(Standardizing):
         if number >= 0:
             params += batches[number].params
             grads += map(gradient, params)
-            for owner, state in enumerate(self._states(params, group)):
+            for owner, state in enumerate(states.complete(params, group, self.state)):
                 for name, value in state.items():
                     owners.append(owner)
                     names.append(name)
                     values.append(value)
         return len(batches)
-
-    def _states(self, params: list[Tensor], group: ParamGroup) -> list[dict[str, Any]]:
-        """The states of parameters of one device and dtype; makes what is missing of them."""
-        host, working = HOSTS[group["host"]], working_dtype(params[0])
-        device, zeros = _home(params[0], group), _zeros(params[0], group)
-        states = []
-        for param in params:
-            state: dict[str, Any] = self.state[param]
-            if "step" not in state:
-                state["step"] = _counter(0, device)
-                for name, value in host.init_state(local(param).to(working), group).items():
-                    state[name] = self._like(param, name, value)
-            elif state["step"].device != device:  # loaded onto another, or capturable since
-                state["step"] = state["step"].to(device)
-            for name, kept_in in zeros.items():
-                if name not in state:
-                    state[name] = self._like(param, name, torch.zeros_like(local(param), dtype=kept_in))
-            if COMPENSATION not in zeros:
-                state.pop(COMPENSATION, None)
-            states.append(state)
-        return states
-
-    def _like(self, param: Tensor, name: str, value: Tensor) -> Tensor:
-        """A host's state as it is kept: sharded as its parameter is."""
-        if not is_dtensor(param):
-            return value
-        return distributed_like(param, value, HOSTS[self.host].without_dim.get(name))
-
-
-def _home(param: Tensor, group: ParamGroup) -> torch.device:
-    """The device of a parameter's count of steps."""
-    return param.device if group["capturable"] else _CPU
-
-
-def _zeros(param: Tensor, group: ParamGroup) -> dict[str, torch.dtype]:
-    """What a parameter's state has besides, as its group is now: tensors that are zeros at first, and their dtypes."""
-    working = working_dtype(param)
-    zeros = dict.fromkeys(HOSTS[group["host"]].later(group), working)
-    if group["kahan_sum"] and param.dtype != working:
-        zeros[COMPENSATION] = param.dtype
-    return zeros
-
-
-def _counter(step: float, device: torch.device = _CPU) -> Tensor:
-    # Whatever the default dtype and device of the script: bfloat16 counts to 256.
-    return torch.tensor(float(step), dtype=torch.float32, device=device)
