@@ -78,6 +78,9 @@ def _section(task: str, name: str, every: dict[str, dict[str, Runs]], folder: Pa
             made.append(("At multiples of the best learning rate", tables.beyond(task, layout, found)))
         if "pairs" in layout:
             made.append(("Permutation tests", tables.pairs(task, layout, found)))
+        if layout.get("growth"):
+            title = "Norm of the gradients, from the second fifth of the training to the last"
+            made.append((title, tables.growth(layout, found)))
         if name == next(iter(layout.get("across", ())), None):
             made.append(("The best learning rate by configuration", tables.across(task, layout, every)))
             file = place / f"transfer-{number}.svg"

@@ -105,6 +105,31 @@ def test_pairs_with_enough_seeds_are_compared_by_their_means() -> None:
     assert len(header) == len(row)
 
 
+def test_growth_of_the_norms_is_from_the_second_fifth_to_the_last_by_seed() -> None:
+    def with_norms(*ends: float, layernorms: bool) -> Runs:
+        settings = config.load("rde", "gradients", "adamw")
+        made = [
+            {
+                **settings.at(5e-3, 5e-2, seed).as_json(),
+                "metrics": {"valid accuracy": 0.5},
+                "gradients": [
+                    [step, norm, 2 * norm * layernorms]
+                    for step, norm in zip(range(10, 101, 10), [9, 9, 4, 4, 9, 9, 9, 9, end, end], strict=True)
+                ],
+            }
+            for seed, end in enumerate(ends)
+        ]
+        return Runs(settings, made)
+
+    found = {"adamw": with_norms(5, 6, 7, layernorms=True), "sing_freeze": with_norms(3, 3, 3, layernorms=False)}
+    header, *rows = tables.growth({"rows": ["adamw", "sing_adamw", "sing_freeze"]}, found)
+    assert rows == [
+        ["adamw", "+50 % (+25 to +75)", "+50 % (+25 to +75)"],
+        ["sing_freeze", "-25 % (-25 to -25)", "–"],
+    ]
+    assert len(header) == len(rows[0])
+
+
 def test_summary_links_the_figures_that_it_draws_and_is_the_same_every_time(results: Path) -> None:
     (section,) = summarize.summarize("landscape", results)
     beside = results / "landscape"

@@ -179,6 +179,37 @@ def pairs(task: str, layout: Mapping[str, Any], found: Mapping[str, Runs]) -> li
     return rows
 
 
+def growth(layout: Mapping[str, Any], found: Mapping[str, Runs]) -> list[list[str]]:
+    """How norms of gradients change from the second fifth of the training, after warm-up, to the last: the header, and
+    a row for each optimizer.
+
+    Args:
+        layout: an entry of the configuration's ``[[summary]]`` with ``growth``.
+        found: as recipes.machinery.runs.read_runs returns it.
+    """
+    rows = [["optimizer", "all parameters: mean (range)", "LayerNorms: mean (range)"]]
+    for label in layout["rows"]:
+        if label in found:
+            seeds = [made["gradients"] for made in found[label].chosen if made["metrics"] and "gradients" in made]
+            rows.append([label, *(_changes([_change(norms, of) for norms in seeds]) for of in (1, 2))])
+    return rows
+
+
+def _change(norms: Sequence[Sequence[float]], of: int) -> float:
+    """Of a column of a record's ``gradients``; not a number where there is none, or nothing but zeros."""
+    fifth = norms[-1][0] / 5
+    spans = ((number * fifth, (number + 1) * fifth) for number in (1, 4))
+    early, late = ([row[of] for row in norms if begin < row[0] <= end and len(row) > of] for begin, end in spans)
+    return statistics.fmean(late) / statistics.fmean(early) - 1 if early and late and any(early) else math.nan
+
+
+def _changes(shares: Sequence[float]) -> str:
+    if not shares or any(map(math.isnan, shares)):
+        return "–"
+    low, mean, high = (f"{100 * of(shares):+.0f}" for of in (min, statistics.fmean, max))
+    return f"{mean} % ({low} to {high})"
+
+
 def _stability(failed: int, count: int, lasted: Sequence[float]) -> str:
     if not count:
         return "–"
