@@ -88,14 +88,16 @@ def test_luck_is_the_share_of_divisions_that_are_as_good(one: Any, other: Any, h
     assert tables.luck(one, other, higher_is_better=higher) == pytest.approx(expected)
 
 
+def runs_of(task: str, name: str, by_seed: list[dict[str, Any]]) -> Runs:
+    """Runs of a configuration's AdamW at one point, with what their records have besides, by seed."""
+    settings = config.load(task, name, "adamw")
+    return Runs(settings, [{**settings.at(5e-3, 5e-2, seed).as_json(), **own} for seed, own in enumerate(by_seed)])
+
+
 def test_pairs_with_enough_seeds_are_compared_by_their_means() -> None:
     def with_tests(accuracies: list[float]) -> Runs:
-        settings = config.load("cifar100", "replication", "adamw")
-        made = [
-            {**settings.at(5e-3, 5e-2, seed).as_json(), "metrics": {"valid accuracy": 0.9, "test accuracy": accuracy}}
-            for seed, accuracy in enumerate(accuracies)
-        ]
-        return Runs(settings, made)
+        metrics = [{"valid accuracy": 0.9, "test accuracy": accuracy} for accuracy in accuracies]
+        return runs_of("cifar100", "replication", [{"metrics": each} for each in metrics])
 
     layout = {"pairs": [["sing_adamw", "adamw"], ["sing_adamw", "lamb"], ["sing_adamw", "muon"]]}
     found = {"sing_adamw": with_tests([0.92, 0.93, 0.94]), "adamw": with_tests([0.91, 0.9, 0.89])}
@@ -107,19 +109,9 @@ def test_pairs_with_enough_seeds_are_compared_by_their_means() -> None:
 
 def test_growth_of_the_norms_is_from_the_second_fifth_to_the_last_by_seed() -> None:
     def with_norms(*ends: float, layernorms: bool) -> Runs:
-        settings = config.load("rde", "gradients", "adamw")
-        made = [
-            {
-                **settings.at(5e-3, 5e-2, seed).as_json(),
-                "metrics": {"valid accuracy": 0.5},
-                "gradients": [
-                    [step, norm, 2 * norm * layernorms]
-                    for step, norm in zip(range(10, 101, 10), [9, 9, 4, 4, 9, 9, 9, 9, end, end], strict=True)
-                ],
-            }
-            for seed, end in enumerate(ends)
-        ]
-        return Runs(settings, made)
+        norms = [[9, 9, 4, 4, 9, 9, 9, 9, end, end] for end in ends]
+        told = [[[10 * at, norm, 2 * norm * layernorms] for at, norm in enumerate(of, 1)] for of in norms]
+        return runs_of("rde", "gradients", [{"metrics": {"valid accuracy": 0.5}, "gradients": rows} for rows in told])
 
     found = {"adamw": with_norms(5, 6, 7, layernorms=True), "sing_freeze": with_norms(3, 3, 3, layernorms=False)}
     header, *rows = tables.growth({"rows": ["adamw", "sing_adamw", "sing_freeze"]}, found)
